@@ -1,0 +1,1155 @@
+"""An SMTP server that stays home: it keeps every message and passes none on.
+
+Usage::
+
+    python dsmtpd.py -p 1025 -d mail     # every message becomes a file in mail/new/
+
+It is for developers at their desk and for CI: what an application sends to it is
+accepted, stored in a Maildir, and never reaches anybody.
+
+It follows RFC 5321 (SMTP), RFC 1870 (SIZE), RFC 6152 (8BITMIME), RFC 6531 (SMTPUTF8),
+RFC 2920 (PIPELINING), RFC 2034 and RFC 3463 (ENHANCEDSTATUSCODES) and RFC 3461 (DSN).
+Where those leave a choice it does what Postfix does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import concurrent.futures
+import contextlib
+import email
+import email.header
+import email.message
+import email.policy
+import errno
+import inspect
+import logging
+import mailbox
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
+from email.utils import format_datetime
+from functools import cached_property, lru_cache
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+__version__ = "2.0.0"
+__all__ = ["Config", "Envelope", "Reply", "SMTPError", "Server"]
+
+log = logging.getLogger("dsmtpd")
+
+
+# --- Limits and configuration -------------------------------------------------------
+
+# Octets of a command line with its CRLF. RFC 5321 section 4.5.3.1.4 asks for 512, and
+# RFC 4954 section 4 for 12,288, which AUTH needs; one limit for all is simpler.
+MAX_COMMAND = 12_288
+
+# Recipients of one message. RFC 5321 section 4.5.3.1.8 asks for 100; Postfix has 1000.
+MAX_RECIPIENTS = 1000
+
+# Errors in a row until the client is sent away; smtpd_hard_error_limit in Postfix is 20.
+MAX_ERRORS = 20
+
+# Sessions at the same time, so that a loop in a client cannot use up the machine.
+MAX_CONNECTIONS = 1000
+
+# Octets of content that all sessions hold together; twice the message size if that is
+# more, so that one large message never keeps a second one out.
+MAX_CONTENT = 256 * 1024 * 1024
+
+# Seconds of silence. RFC 5321 section 4.5.3.2.7 asks for five minutes.
+IDLE_TIMEOUT = 300.0
+
+# Seconds that clients have for reading the 421 when the server stops.
+STOP_TIMEOUT = 0.5
+
+# Octets of one read, and of the replies that may wait until they are written.
+CHUNK = 65_536
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of a server, named as on the command line; checked when it is made.
+
+    Raises ValueError, with a text that says what is allowed.
+    """
+
+    interface: str = "127.0.0.1"
+    """Address or host name to listen at; every address that a name has is used."""
+    port: int = 1025
+    """TCP port; 0 takes a free one."""
+    directory: str | os.PathLike[str] | None = None
+    """Maildir to store into; None is the current directory."""
+    max_size: int = 33_554_432
+    """Octets of the largest message that is accepted (RFC 1870); 0 for no limit."""
+    smtputf8: bool = True
+    """Whether the SMTPUTF8 extension (RFC 6531) is on offer."""
+
+    def __post_init__(self) -> None:
+        if not self.interface.strip():
+            raise ValueError("interface: an address or a host name is needed, as 127.0.0.1")
+        if not 0 <= self.port <= 65_535:
+            raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port}")
+        if self.max_size < 0:
+            raise ValueError(
+                f"max-size: must be a number of bytes, or 0 for no limit, not {self.max_size}"
+            )
+
+
+# --- Replies --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the server says (RFC 5321 section 4.2).
+
+    code is the three-digit reply code, status the enhanced status code of RFC 3463 as
+    "2.1.0", or "" where none belongs, and each line of text becomes a line of the reply.
+    """
+
+    code: int
+    status: str
+    text: str
+
+    def __bytes__(self) -> bytes:
+        return _encode(self)
+
+    @property
+    def closes(self) -> bool:
+        """Whether the server closes the connection after it (RFC 5321 section 3.8)."""
+        return self.code in (221, 421)
+
+
+# The same few replies are said all day: this saves a tenth of the time of a session.
+@lru_cache(maxsize=256)
+def _encode(reply: Reply) -> bytes:
+    # RFC 2034 section 4: the status code stands on every line.
+    status = reply.status and reply.status + " "
+    *lines, last = [status + line for line in reply.text.split("\n")]
+    rows = [f"{reply.code}-{line}\r\n" for line in lines] + [f"{reply.code} {last}\r\n"]
+    return "".join(rows).encode("ascii", "replace")
+
+
+class SMTPError(Exception):
+    """A command or a message is refused; carries the Reply that says so, as `reply`.
+
+    code is 400 to 599, status an enhanced status code of the same class (RFC 3463).
+    Raises ValueError when they do not fit.
+    """
+
+    def __init__(self, code: int, status: str, text: str) -> None:
+        if code // 100 not in (4, 5) or not re.fullmatch(
+            rf"{code // 100}(\.\d{{1,3}}){{2}}", status
+        ):
+            raise ValueError(f"not a code and a status of failure: {code} {status}")
+        super().__init__(code, status, text)
+        self.reply = Reply(code, status, " ".join(text.split()))
+
+
+OK = Reply(250, "2.0.0", "OK")
+
+
+# --- Grammar --------------------------------------------------------------------------
+#
+# Every expression takes one look at each character, whatever the text, so that no
+# client can make one slow.
+
+# RFC 6531 section 3.3: UTF8-non-ascii. Not the C1 controls, which terminals obey.
+_UTF8 = "\u00a0-\ud7ff\ue000-\U0010ffff"
+# RFC 5322 section 3.2.3: atext, and RFC 5321 section 4.1.2: Dot-string
+_ATEXT = rf"[a-z0-9!#$%&'*+\-/=?^_`{{|}}~{_UTF8}]"
+_DOT_STRING = rf"{_ATEXT}+(?:\.{_ATEXT}+)*"
+# Quoted-string = DQUOTE *(qtextSMTP / quoted-pairSMTP) DQUOTE
+_QUOTED_STRING = rf'"(?:[ !#-\[\]-~{_UTF8}]|\\[ -~])*"'
+# Domain = sub-domain *("." sub-domain); hyphens only inside a sub-domain
+_SUB_DOMAIN = rf"[a-z0-9{_UTF8}]+(?:-+[a-z0-9{_UTF8}]+)*"
+_DOMAIN = rf"{_SUB_DOMAIN}(?:\.{_SUB_DOMAIN})*"
+# RFC 5321 section 4.1.3: IPv4-, IPv6- and General-address-literal
+_SNUM = r"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9]{1,2})"
+_LITERAL = (
+    rf"\[(?:{_SNUM}(?:\.{_SNUM}){{3}}|IPv6:(?P<ipv6>[0-9a-f:.]+)"
+    r"|(?!IPv6:)(?:[a-z0-9]|-+[a-z0-9])+:[!-Z^-~]+)\]"
+)
+# A-d-l = At-domain *( "," At-domain )
+_ROUTE = rf"@{_DOMAIN}(?:,@{_DOMAIN})*:"
+_MAILBOX = re.compile(
+    rf"(?:{_ROUTE})?(?P<mailbox>(?:{_DOT_STRING}|{_QUOTED_STRING})(?:@(?:{_DOMAIN}|{_LITERAL}))?)",
+    re.IGNORECASE | re.ASCII,
+)
+# The brackets of a path, which a quoted string may contain too; an unbalanced quote ends
+# up inside, for parse_path to refuse. RFC 5321 section 3.3 forbids the blank after the
+# colon; everybody takes it.
+_PATH = r":[ ]*<(?P<path>(?:[^\">]|\"(?:[^\"\\]|\\.)*\")*|[^>]*)>(?: +(?P<parameters>.*))?"
+_FROM = re.compile("FROM" + _PATH, re.IGNORECASE | re.ASCII)
+_TO = re.compile("TO" + _PATH, re.IGNORECASE | re.ASCII)
+# What names a client in EHLO: anything visible, in one word. RFC 5321 section 4.1.1.1 wants
+# a domain or an address literal; what applications have is the name of their machine.
+_HELO = re.compile(f"[!-~{_UTF8}]+")
+
+# RFC 3461 section 4: xtext = *( xchar / hexchar )
+_XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
+
+# Parameter keyword -> what may follow it.
+MAIL_PARAMETERS = {
+    "SIZE": "=[0-9]{1,20}",  # RFC 1870 section 6.1
+    "BODY": "=(?:7BIT|8BITMIME)",  # RFC 6152
+    "SMTPUTF8": "",  # RFC 6531 section 3.4
+    "AUTH": f"={_XTEXT}",  # RFC 4954 section 5; "<>" is xtext as well
+    "RET": "=(?:FULL|HDRS)",  # RFC 3461 section 4.3
+    "ENVID": f"={_XTEXT}",  # RFC 3461 section 4.4
+}
+RCPT_PARAMETERS = {
+    # RFC 3461 sections 4.1 and 4.2
+    "NOTIFY": "=(?:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)",
+    "ORCPT": f"=[a-z0-9-]+;{_XTEXT}",
+}
+
+
+def extensions(config: Config) -> list[str]:
+    """The keyword lines of the EHLO reply (RFC 5321 section 4.1.1.1)."""
+    smtputf8 = ["SMTPUTF8"] if config.smtputf8 else []
+    return [
+        f"SIZE {config.max_size}",
+        "8BITMIME",
+        *smtputf8,
+        "PIPELINING",
+        "ENHANCEDSTATUSCODES",
+        "DSN",
+        "HELP",
+    ]
+
+
+def parse_parameters(text: str, known: dict[str, str]) -> dict[str, str]:
+    """Mail-parameters / Rcpt-parameters = esmtp-param *(SP esmtp-param)
+
+    known is MAIL_PARAMETERS or RCPT_PARAMETERS. Returns {keyword in capitals: value}, the
+    value "" where there is none. Raises SMTPError 555 for a keyword that is not known
+    (RFC 5321 section 4.1.1.11), and 501 for a wrong value or a keyword that comes twice.
+    """
+    found: dict[str, str] = {}
+    for parameter in text.split():
+        keyword, equals, value = parameter.partition("=")
+        keyword = keyword.upper()
+        # str.upper turns some letters outside ASCII into letters inside it.
+        if keyword not in known or not parameter.isascii():
+            raise SMTPError(555, "5.5.4", "Parameter not recognized")
+        if keyword in found:
+            raise SMTPError(501, "5.5.4", f"{keyword} is given twice")
+        if not re.fullmatch(known[keyword], equals + value, re.IGNORECASE):
+            raise SMTPError(501, "5.5.4", f"{keyword} has a wrong value")
+        found[keyword] = value
+    return found
+
+
+def parse_mailbox(text: str, status: str) -> str:
+    """[ A-d-l ":" ] Mailbox, or a Local-part alone, as in <Postmaster>
+
+    Returns the address without the source route (RFC 5321 appendix C). Raises SMTPError
+    501 with the enhanced status given, or 5.5.2 where the text is not valid UTF-8.
+    """
+    if re.search("[\udc80-\udcff]", text):  # what the decoder made of stray octets
+        raise SMTPError(501, "5.5.2", "Address is not valid UTF-8")
+    match = _MAILBOX.fullmatch(text)
+    if match is None or not _is_ipv6(match["ipv6"] or "::"):
+        raise SMTPError(501, status, "Bad address syntax")
+    return match["mailbox"]
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return bool(socket.inet_pton(socket.AF_INET6, text))
+    except OSError:
+        return False
+
+
+def printable(text: str) -> str:
+    """The text with what is not printable escaped, so that a log line stays one line."""
+    return text if text.isprintable() else re.sub(r"[^ -~]", _escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    char = match[0]
+    return char if char.isprintable() else char.encode("unicode_escape").decode()
+
+
+# --- Session --------------------------------------------------------------------------
+
+
+def _host_name() -> str:
+    """The name of this machine, as a name of files and in replies; nothing is looked up."""
+    return re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
+
+
+HOSTNAME = _host_name()
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """One message, with what the session knew about it."""
+
+    peer: str
+    """The client, as "127.0.0.1:54321"; an IPv6 address stands in brackets."""
+    helo: str
+    """What the client called itself in EHLO or HELO."""
+    protocol: str
+    """SMTP, ESMTP, UTF8SMTP and so on (RFC 3848, RFC 6531 section 4.3)."""
+    tls: bool
+    """Whether the message came over TLS."""
+    user: str | None
+    """The name of a login, or None."""
+    mail_from: str
+    """The reverse-path without its brackets; "" is the null reverse-path."""
+    mail_options: dict[str, str]
+    """The parameters of MAIL: {keyword in capitals: value, or ""}."""
+    rcpt_tos: list[str]
+    """The forward-paths without their brackets, in the order given."""
+    rcpt_options: list[dict[str, str]]
+    """The parameters of RCPT, one dictionary for each of rcpt_tos."""
+    content: bytes
+    """The content as sent: line ends are CRLF, and dot-stuffing is undone."""
+    received: datetime
+    """When the end of the content arrived, with its time zone."""
+    warnings: list[str] = field(default_factory=list)
+    """What a real server would mind about the message."""
+    path: Path | None = None
+    """The file in the Maildir, once the message is stored."""
+
+    @cached_property
+    def email(self) -> email.message.EmailMessage:
+        """The content, parsed."""
+        return email.message_from_bytes(self.content, policy=email.policy.default)
+
+    @cached_property
+    def subject(self) -> str:
+        """The decoded Subject, in one line; "" where there is none."""
+        match = _SUBJECT.match(self.content, 0, _SUBJECT_WITHIN)
+        raw = match["body"].decode("utf-8", "replace") if match else ""
+        text = " ".join(raw.split())
+        if "=?" in text:  # RFC 2047
+            # Anything can stand in an encoded-word, and its decoders raise many errors.
+            with contextlib.suppress(Exception):
+                text = str(email.header.make_header(email.header.decode_header(text)))
+        return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
+# The first Subject of the header section, with its folded lines. Only the top of the
+# content is searched, so that one without an empty line is not read through.
+_SUBJECT = re.compile(
+    rb"(?:(?!\r?\n|subject[ \t]*:)[^\n]+\n)*subject[ \t]*:(?P<body>[^\n]*(?:\n[ \t]+[^\n]*)*)",
+    re.IGNORECASE,
+)
+_SUBJECT_WITHIN = 65_536
+
+
+@dataclass
+class Transaction:
+    """What MAIL began, and what RSET forgets (RFC 5321 section 3.3)."""
+
+    mail_from: str
+    mail_options: dict[str, str]
+    rcpt_tos: list[str] = field(default_factory=list)
+    rcpt_options: list[dict[str, str]] = field(default_factory=list)
+    content: bytearray = field(default_factory=bytearray)
+    refusal: SMTPError | None = None
+    """Why the content is read but not kept."""
+
+
+class Quota:
+    """Octets of content that several sessions may hold together."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.held = 0
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """Action: store the envelope, then send the reply to the end of the content."""
+
+    envelope: Envelope
+
+
+Action = Reply | Deliver
+Reader = Callable[[], Action | None]
+
+
+class Session:
+    """One SMTP session, without I/O: octets in, actions out.
+
+    peer is the client's address, for the envelopes; quota limits the content held by all
+    sessions that share it.
+    """
+
+    def __init__(self, config: Config, peer: str = "", quota: Quota | None = None) -> None:
+        self.config = config
+        self.peer = peer
+        self.helo: str | None = None
+        self.extended = False
+        self.transaction: Transaction | None = None
+        self._quota = Quota(float("inf")) if quota is None else quota
+        self._held = 0
+        self._buffer = bytearray()
+        self._searched = 0
+        self._line_end = b"\r\n"
+        self._errors = 0
+        self._now = datetime.min
+        # Who takes the next octets off the buffer. A reader takes one unit and returns its
+        # action, raises SMTPError, or returns None when the unit is not complete.
+        self._read: Reader = self._greet
+
+    def receive(self, data: bytes, now: datetime) -> Iterator[Action]:
+        """Take the octets that arrived, and do what they ask for.
+
+        The actions are worked out one by one, as they are asked for: whoever drives the
+        session carries each one out before it takes the next. No octets at all, at the
+        start, get the greeting. now is the time that goes into the envelopes.
+        """
+        self._buffer += data
+        self._now = now
+        while (action := self._next()) is not None:
+            yield action
+
+    def close(self) -> None:
+        """Forget the transaction; the client is gone."""
+        self.transaction = None
+        self._hold(0)
+
+    def _next(self) -> Action | None:
+        if self.transaction is None and self._held:
+            self._hold(0)
+        try:
+            action = self._read()
+        except SMTPError as error:
+            return self._refuse(error)
+        if action is not None:
+            self._errors = 0
+            if isinstance(action, Reply) and action.closes:
+                self._read = self._ignore
+        return action
+
+    def _refuse(self, error: SMTPError) -> Reply:
+        """RFC 5321 section 4.3.2 lets a server end a session that makes no sense."""
+        self._errors += error.reply.code >= 500
+        if self._errors > MAX_ERRORS:
+            error = SMTPError(421, "4.7.0", "Too many errors")
+        if error.reply.closes:
+            self._read = self._ignore
+        return error.reply
+
+    def _hold(self, octets: int) -> None:
+        """Tell the quota how much content this session holds."""
+        self._quota.held += octets - self._held
+        self._held = octets
+
+    # Readers
+
+    def _greet(self) -> Reply:
+        self._read = self._read_command
+        return Reply(220, "", f"{HOSTNAME} ESMTP dsmtpd {__version__}")
+
+    def _ignore(self) -> None:
+        self._buffer.clear()
+
+    def _read_command(self) -> Action | None:
+        line = self._take_line()
+        if line is None:
+            return None
+        self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
+        text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" ")
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s C: %s", self.peer, printable(text))
+        name, _, argument = text.partition(" ")
+        verb = name.upper() if name.isascii() else ""
+        if verb in _COMMANDS:
+            return _COMMANDS[verb](self, argument.lstrip(" "))
+        if verb in _NOT_SERVED:
+            raise SMTPError(502, "5.5.1", "Command not implemented")
+        if verb in _HTTP:
+            log.warning("%s: speaks HTTP, not SMTP", self.peer)
+            raise SMTPError(421, "4.7.0", "This is not a web server")
+        raise SMTPError(500, "5.5.2", "Command not recognized")
+
+    def _take_line(self) -> bytes | None:
+        """A bare LF ends a line as well, so that a person with netcat can type a message."""
+        end = self._buffer.find(b"\n", self._searched) + 1
+        if not end:
+            self._searched = len(self._buffer)
+            if self._searched >= MAX_COMMAND:
+                self._read = self._skip_line
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[:end]
+        self._searched = 0
+        if end > MAX_COMMAND:
+            raise SMTPError(500, "5.5.2", "Line too long")
+        return line
+
+    def _skip_line(self) -> None:
+        end = self._buffer.find(b"\n") + 1
+        del self._buffer[: end or len(self._buffer)]
+        self._searched = 0
+        if end:
+            self._read = self._read_command
+            raise SMTPError(500, "5.5.2", "Line too long")
+
+    def _read_content(self) -> Action | None:
+        """RFC 5321 section 4.5.2: up to the line with one dot, and without dot-stuffing.
+
+        The end of the DATA line is still in front, so that every line of the content, the
+        first one too, begins behind a line end. Only the line end of the DATA line counts
+        as one: no other mixture of CR, LF and dots ends a message (SMTP smuggling).
+        """
+        assert self.transaction is not None
+        eol, buffer = self._line_end, self._buffer
+        end = buffer.find(eol + b"." + eol)
+        if end >= 0:
+            self._keep(self.transaction, end + len(eol))
+            del buffer[: 1 + len(eol)]
+            self._read = self._read_command
+            return self._end_of_content(self.transaction)
+        # The last octets may be the beginning of what was searched for.
+        rest = buffer.find(eol[:1], max(0, len(buffer) - 2 * len(eol)))
+        self._keep(self.transaction, len(buffer) if rest < 0 else rest)
+        return None
+
+    def _keep(self, transaction: Transaction, count: int) -> None:
+        """Move octets of content from the buffer to the transaction, if they are wanted."""
+        eol, content = self._line_end, transaction.content
+        if transaction.refusal is None:
+            content += self._buffer[:count].replace(eol + b".", eol)
+            transaction.refusal = self._too_much(len(content) - len(eol))
+        if transaction.refusal is not None:
+            content.clear()
+        del self._buffer[:count]
+        self._hold(len(content))
+
+    def _too_much(self, size: int) -> SMTPError | None:
+        if 0 < self.config.max_size < size:
+            return SMTPError(552, "5.3.4", "Message is larger than the maximum")
+        if self._quota.held - self._held + size > self._quota.limit:
+            return SMTPError(452, "4.3.1", "Too much mail at the same time")
+        return None
+
+    def _end_of_content(self, transaction: Transaction) -> Deliver:
+        self.transaction = None
+        if transaction.refusal is not None:
+            raise transaction.refusal
+        del transaction.content[: len(self._line_end)]
+        content = bytes(transaction.content)
+        # A large message is in memory once, not twice, while it is stored.
+        transaction.content = bytearray()
+        if not self.config.smtputf8:
+            _check_ascii(content, transaction.mail_options)
+        assert self.helo is not None
+        return Deliver(
+            Envelope(
+                peer=self.peer,
+                helo=self.helo,
+                protocol=self._protocol(transaction),
+                tls=False,
+                user=None,
+                mail_from=transaction.mail_from,
+                mail_options=transaction.mail_options,
+                rcpt_tos=transaction.rcpt_tos,
+                rcpt_options=transaction.rcpt_options,
+                content=content,
+                received=self._now,
+            )
+        )
+
+    def _protocol(self, transaction: Transaction) -> str:
+        """RFC 3848 and RFC 6531 section 4.3: the word after WITH in Received."""
+        return ("UTF8" if "SMTPUTF8" in transaction.mail_options else "E" * self.extended) + "SMTP"
+
+    # Commands
+
+    def _hello(self, argument: str) -> str:
+        if not _HELO.fullmatch(argument):
+            raise SMTPError(501, "5.5.4", "Say who you are: EHLO name")
+        # RFC 5321 section 4.1.4: either of them resets the transaction.
+        self.transaction = None
+        self.helo = argument
+        return HOSTNAME
+
+    def _ehlo(self, argument: str) -> Reply:
+        lines = [self._hello(argument), *extensions(self.config)]
+        self.extended = True
+        return Reply(250, "", "\n".join(lines))
+
+    def _helo(self, argument: str) -> Reply:
+        name = self._hello(argument)
+        self.extended = False
+        return Reply(250, "", name)
+
+    def _mail(self, argument: str) -> Reply:
+        if self.helo is None:
+            raise SMTPError(503, "5.5.1", "Send EHLO first")
+        if self.transaction is not None:
+            raise SMTPError(503, "5.5.1", "A message has begun already")
+        path, options = self._path(_FROM.fullmatch(argument), MAIL_PARAMETERS)
+        if "SMTPUTF8" in options and not self.config.smtputf8:
+            raise SMTPError(555, "5.5.4", "SMTPUTF8 is disabled")
+        # RFC 5321 section 4.5.5: the null reverse-path
+        mail_from = path and parse_mailbox(path, "5.1.7")
+        _check_declared(mail_from, options)
+        if 0 < self.config.max_size < int(options.get("SIZE", 0)):
+            raise SMTPError(552, "5.3.4", "Message is larger than the maximum")
+        self.transaction = Transaction(mail_from, options)
+        return Reply(250, "2.1.0", "Sender OK")
+
+    def _rcpt(self, argument: str) -> Reply:
+        if self.transaction is None:
+            raise SMTPError(503, "5.5.1", "Send MAIL first")
+        if len(self.transaction.rcpt_tos) >= MAX_RECIPIENTS:
+            # RFC 5321 section 4.5.3.1.10
+            raise SMTPError(452, "4.5.3", "Too many recipients")
+        path, options = self._path(_TO.fullmatch(argument), RCPT_PARAMETERS)
+        rcpt_to = parse_mailbox(path, "5.1.3")
+        _check_declared(rcpt_to, self.transaction.mail_options)
+        self.transaction.rcpt_tos.append(rcpt_to)
+        self.transaction.rcpt_options.append(options)
+        return Reply(250, "2.1.5", "Recipient OK")
+
+    def _path(
+        self, match: re.Match[str] | None, known: dict[str, str]
+    ) -> tuple[str, dict[str, str]]:
+        """What stands between the brackets, and the parameters behind them."""
+        if match is None:
+            raise SMTPError(501, "5.5.4", "Syntax: MAIL FROM:<address> or RCPT TO:<address>")
+        parameters = match["parameters"] or ""
+        if parameters and not self.extended:
+            raise SMTPError(555, "5.5.4", "Parameters need EHLO")
+        return match["path"], parse_parameters(parameters, known)
+
+    def _data(self, argument: str) -> Reply:
+        _no_argument(argument)
+        if self.transaction is None or not self.transaction.rcpt_tos:
+            raise SMTPError(503, "5.5.1", "Send MAIL and RCPT first")
+        self._buffer[:0] = self._line_end
+        self._read = self._read_content
+        return Reply(354, "", "End data with <CR><LF>.<CR><LF>")
+
+    def _rset(self, argument: str) -> Reply:
+        _no_argument(argument)
+        self.transaction = None
+        return OK
+
+    def _noop(self, argument: str) -> Reply:
+        return OK
+
+    def _quit(self, argument: str) -> Reply:
+        _no_argument(argument)
+        return Reply(221, "2.0.0", "Bye")
+
+    def _vrfy(self, argument: str) -> Reply:
+        if not argument:
+            raise SMTPError(501, "5.5.4", "Syntax: VRFY address")
+        # RFC 5321 section 3.5.3: the honest answer of a server that takes every address
+        return Reply(252, "2.5.0", "Cannot verify, but will take mail for it")
+
+    def _help(self, argument: str) -> Reply:
+        return Reply(214, "2.0.0", "Commands:\n" + " ".join(_COMMANDS))
+
+
+_COMMANDS: dict[str, Callable[[Session, str], Action]] = {
+    "EHLO": Session._ehlo,
+    "HELO": Session._helo,
+    "MAIL": Session._mail,
+    "RCPT": Session._rcpt,
+    "DATA": Session._data,
+    "RSET": Session._rset,
+    "NOOP": Session._noop,
+    "QUIT": Session._quit,
+    "VRFY": Session._vrfy,
+    "HELP": Session._help,
+}
+# Known verbs that a server of this kind does not serve (RFC 5321 section 4.2.4).
+_NOT_SERVED = frozenset(
+    ["EXPN", "TURN", "ETRN", "ATRN", "SEND", "SOML", "SAML", "STARTTLS", "AUTH", "BDAT"]
+)
+# First words of HTTP: somebody uses a browser to make it talk to us.
+_HTTP = frozenset(
+    ["GET", "POST", "PUT", "HEAD", "OPTIONS", "CONNECT", "DELETE", "PATCH", "PRI", "HOST:"]
+)
+
+
+def _no_argument(argument: str) -> None:
+    if argument:
+        raise SMTPError(501, "5.5.4", "This command takes no argument")
+
+
+def _check_declared(address: str, mail_options: dict[str, str]) -> None:
+    """RFC 6531 section 3.5: an address outside ASCII needs SMTPUTF8."""
+    if not address.isascii() and "SMTPUTF8" not in mail_options:
+        raise SMTPError(553, "5.6.7", "This address needs SMTPUTF8")
+
+
+# The header section: up to the first empty line, or everything.
+_HEADER = re.compile(rb"(?:(?!\r?\n)[^\n]*(?:\n|\Z))*")
+
+
+def _check_ascii(content: bytes, mail_options: dict[str, str]) -> None:
+    """What --disable-smtputf8 refuses: an UTF-8 header section, an undeclared 8-bit body."""
+    if content.isascii():
+        return
+    header = _HEADER.match(content)
+    if header is None or not header[0].isascii():
+        raise SMTPError(554, "5.6.7", "The header is not ASCII")
+    if mail_options.get("BODY", "7BIT").upper() == "7BIT":
+        raise SMTPError(554, "5.6.1", "The body is not ASCII, and 8BITMIME was not declared")
+
+
+# --- Storage --------------------------------------------------------------------------
+
+
+def trace_header(envelope: Envelope, key: str) -> bytes:
+    """What is known of the envelope, as the header fields in front of the stored content.
+
+    key is the name of the message in its Maildir. The lines end with LF and have less than
+    998 octets (RFC 5322 section 2.1.1).
+    """
+    # Parentheses and semicolons mean something in Received; a name has none of them.
+    helo = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", envelope.helo[:255])
+    address = envelope.peer.rpartition(":")[0]
+    fields = [
+        f"Return-Path: <{envelope.mail_from}>",  # RFC 5321 section 4.4
+        f"X-Peer: {envelope.peer}",
+        f"X-MailFrom: {_encoded(envelope.mail_from)}",
+        f"X-RcptTo: {_encoded(', '.join(envelope.rcpt_tos))}",
+        f"Received: from {helo} ({address}) by {HOSTNAME} (dsmtpd {__version__})"
+        f" with {envelope.protocol} id {key}; {format_datetime(envelope.received)}",
+    ]
+    return "".join(_fold(line) + "\n" for line in fields).encode()
+
+
+# Characters of a folded line, of up to four octets each.
+_FOLD = 240
+
+
+def _fold(line: str) -> str:
+    """RFC 5322 section 2.2.3; a word that does not fit into a line is broken."""
+    if len(line) <= _FOLD:
+        return line
+    lines = re.findall(rf".{{1,{_FOLD}}}(?= |$)|.{{{_FOLD}}}", line)
+    return "\n".join([lines[0]] + [" " * (not part.startswith(" ")) + part for part in lines[1:]])
+
+
+def _encoded(text: str) -> str:
+    """RFC 2047 encoded-words for what does not go into a header field as it is."""
+    plain = text.isascii() and "=?" not in text and not re.search(rf"[^ ]{{{_FOLD}}}", text)
+    if plain:
+        return text
+    # An encoded-word has 75 characters at most: 11 characters of up to four octets fit.
+    parts = [text[at : at + 11].encode() for at in range(0, len(text), 11)]
+    return " ".join(f"=?utf-8?b?{base64.b64encode(part).decode()}?=" for part in parts)
+
+
+class MaildirStore(mailbox.Maildir):
+    """A Maildir that messages are delivered into, from several threads or processes.
+
+    directory is made where it is missing, and completed where it is a Maildir already or
+    empty; None is the current directory, which is completed whatever it holds. Raises
+    OSError, or mailbox.Error with a text that says what is wrong, and then makes nothing.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
+        root = Path(directory or ".").absolute()
+        if directory is not None:
+            _check_maildir(root)
+        self.directory = root
+        for name in ("tmp", "new", "cur"):
+            root.joinpath(name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        super().__init__(root, create=False)
+
+    def deliver(self, envelope: Envelope) -> Envelope:
+        """Store the message; returns the envelope with its path.
+
+        The file is whole and on disk when this returns. Raises SMTPError 451, with nothing
+        left behind, when it could not be written.
+        """
+        # mailbox.Maildir.add leaves a file in tmp when the disk is full, counts on one
+        # thread, and on Windows ends the lines with CRLF.
+        seconds, rest = divmod(time.time_ns(), 1_000_000_000)
+        key = f"{seconds}.M{rest // 1000:06}P{os.getpid()}R{secrets.token_hex(8)}.{HOSTNAME}"
+        tmp, new = self.directory / "tmp" / key, self.directory / "new" / key
+        try:
+            with tmp.open("xb") as file:
+                file.write(trace_header(envelope, key))
+                file.write(envelope.content.replace(b"\r\n", b"\n"))
+                file.flush()
+                os.fsync(file.fileno())
+            tmp.rename(new)
+        except OSError as error:
+            log.error("Cannot store a message of %s: %s", envelope.peer, error)
+            with contextlib.suppress(OSError):
+                tmp.unlink()
+            raise SMTPError(451, "4.3.0", "Cannot store the message now") from error
+        return replace(envelope, path=new)
+
+
+def _check_maildir(root: Path) -> None:
+    """Refuse a directory that is in use for something else."""
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise mailbox.Error(f"{root} is not a directory")
+    names = {entry.name for entry in root.iterdir()}
+    if names and not names & {"cur", "new"}:
+        missing = ", ".join(sorted({"cur", "new", "tmp"} - names))
+        raise mailbox.Error(f"{root} is not a Maildir: it has no {missing}")
+
+
+# --- Server ---------------------------------------------------------------------------
+
+
+class Server:
+    """An SMTP server in the running event loop; `async with` starts and closes it.
+
+    config, or its fields as options, says how; the first positional argument and options
+    together change that config. deliver(envelope), a plain function, which runs in a
+    thread of its own, or an async one, takes each message: returning means 250, an
+    SMTPError is the reply, and any other exception is 451. Without it messages go into the
+    Maildir of the config; then this raises what MaildirStore raises.
+    """
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        /,
+        *,
+        deliver: Callable[[Envelope], object] | None = None,
+        **options: Any,
+    ) -> None:
+        self.config = replace(config or Config(), **options)
+        self.host = self.config.interface
+        """The first address that the server listens at."""
+        self.port = self.config.port
+        """The port, known once the server has started."""
+        self.addresses: list[str] = []
+        """All of them, as "127.0.0.1:1025"."""
+        self._deliver = deliver or MaildirStore(self.config.directory).deliver
+        self._listeners: list[asyncio.Server] = []
+        self._connections: dict[asyncio.Task[None], Connection] = {}
+        self._quota = Quota(max(MAX_CONTENT, 2 * self.config.max_size or float("inf")))
+        # A thread for each session, so that a slow disk holds up one session and no other.
+        self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
+        self._closed = asyncio.Event()
+
+    async def start(self) -> None:
+        """Listen. Raises OSError, or ValueError for a host name that cannot be one."""
+        sockets = _listen(self.config.interface, self.config.port)
+        self.host, self.port = sockets[0].getsockname()[:2]
+        self.addresses = [_address(sock.getsockname()) for sock in sockets]
+        for sock in sockets:
+            self._listeners.append(await asyncio.start_server(self._accept, sock=sock, limit=CHUNK))
+
+    async def serve_forever(self) -> None:
+        """Wait until the server is closed."""
+        await self._closed.wait()
+
+    async def close(self) -> None:
+        """Stop listening, tell the clients (421 4.3.2), and finish deliveries in progress."""
+        for listener in self._listeners:
+            listener.close()
+        for connection in self._connections.values():
+            connection.interrupt(SMTPError(421, "4.3.2", "Shutting down"))
+        await self._wait_for_connections(STOP_TIMEOUT)
+        for connection in self._connections.values():
+            connection.abort()
+        await self._wait_for_connections(None)
+        self._threads.shutdown()
+        self._closed.set()
+
+    async def _wait_for_connections(self, seconds: float | None) -> None:
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=seconds)
+
+    async def __aenter__(self) -> Server:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = _address(writer.get_extra_info("peername"))
+        connection = Connection(self, peer, reader, writer)
+        if len(self._connections) >= MAX_CONNECTIONS:
+            log.warning("%s: too many connections", peer)
+            connection.interrupt(SMTPError(421, "4.3.2", "Too many connections"))
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections[task] = connection
+        try:
+            await connection.run()
+        finally:
+            del self._connections[task]
+
+    def session(self, peer: str) -> Session:
+        """A session with a client of this server."""
+        return Session(self.config, peer, self._quota)
+
+    async def deliver(self, envelope: Envelope) -> Reply:
+        """Hand a message over; returns the reply to the end of its content."""
+        try:
+            if inspect.iscoroutinefunction(self._deliver):
+                await self._deliver(envelope)
+            else:
+                loop = asyncio.get_running_loop()
+                result = await loop.run_in_executor(self._threads, self._deliver, envelope)
+                if inspect.isawaitable(result):
+                    await result
+        except SMTPError as error:
+            return error.reply
+        except Exception:
+            log.exception("%s: the message could not be delivered", envelope.peer)
+            return Reply(451, "4.3.0", "Cannot take the message now")
+        log.info(
+            "%s: %s -> %s [%s]",
+            envelope.peer,
+            printable(envelope.mail_from),
+            printable(", ".join(envelope.rcpt_tos)),
+            printable(envelope.subject),
+        )
+        return Reply(250, "2.0.0", "Message accepted")
+
+
+class Connection:
+    """A client: moves octets between its socket and its session."""
+
+    def __init__(
+        self,
+        server: Server,
+        peer: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self._server = server
+        self._session = server.session(peer)
+        self._peer = peer
+        self._reader = reader
+        self._writer = writer
+        self._unsent = bytearray()
+
+    async def run(self) -> None:
+        """Talk until one side has enough of it."""
+        try:
+            await self._converse()
+        except SMTPError as error:  # interrupted
+            self._say(error.reply)
+            self._writer.write(self._unsent)
+        except OSError as error:
+            log.debug("%s: %s", self._peer, error)
+        finally:
+            self._session.close()
+            self._writer.close()
+            with contextlib.suppress(OSError, SMTPError):
+                await self._in_time(self._writer.wait_closed())
+
+    def interrupt(self, error: SMTPError) -> None:
+        """End the session with this reply, at the next time it waits for the client."""
+        if self._writer.transport.get_write_buffer_size():
+            self.abort()  # it does not read what we say
+        else:
+            self._reader.set_exception(error)
+
+    def abort(self) -> None:
+        """End the connection, without a word."""
+        self._writer.transport.abort()
+
+    async def _converse(self) -> None:
+        data = b""
+        while True:
+            for action in self._session.receive(data, datetime.now(timezone.utc)):
+                if not await self._perform(action):
+                    return
+            await self._flush()
+            data = await self._in_time(self._reader.read(CHUNK))
+            if not data:
+                return
+
+    async def _perform(self, action: Action) -> bool:
+        """Carry out one action; returns whether the session goes on."""
+        if isinstance(action, Deliver):
+            await self._flush()
+            action = await self._server.deliver(action.envelope)
+        self._say(action)
+        if action.closes or len(self._unsent) >= CHUNK:
+            await self._flush()
+        return not action.closes
+
+    def _say(self, reply: Reply) -> None:
+        octets = bytes(reply)
+        if log.isEnabledFor(logging.DEBUG):
+            for line in octets.decode().splitlines():
+                log.debug("%s S: %s", self._peer, line)
+        self._unsent += octets
+
+    async def _flush(self) -> None:
+        """Send the replies; waits for a client that does not read, instead of piling them up."""
+        if self._unsent:
+            self._writer.write(bytes(self._unsent))
+            self._unsent.clear()
+            await self._in_time(self._writer.drain())
+
+    async def _in_time(self, waiting: Awaitable[Any]) -> Any:
+        timer = asyncio.get_running_loop().call_later(
+            IDLE_TIMEOUT, self.interrupt, SMTPError(421, "4.4.2", "Silent for too long")
+        )
+        try:
+            return await waiting
+        finally:
+            timer.cancel()
+
+
+def _address(name: Any) -> str:
+    """A socket's name as ADDRESS:PORT, IPv6 in brackets; a client may be gone already."""
+    if not name:
+        return "unknown:0"
+    host, port = name[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _listen(interface: str, port: int) -> list[socket.socket]:
+    """A listening socket for each address of the interface, all at the same port."""
+    found = socket.getaddrinfo(interface, port, type=socket.SOCK_STREAM)
+    attempts = 1 if port else 20
+    while True:
+        try:
+            return _bind(found)
+        except OSError as error:
+            # The free port of the first address can be taken at the second one.
+            attempts -= 1
+            if not attempts or error.errno != errno.EADDRINUSE:
+                raise
+
+
+def _bind(found: list[Any]) -> list[socket.socket]:
+    """Sockets for what getaddrinfo found; a family that this machine lacks is left out."""
+    sockets: list[socket.socket] = []
+    with contextlib.ExitStack() as undo:
+        absent = OSError("no address")
+        for family, _, _, _, (host, port, *scope) in found:
+            port = sockets[0].getsockname()[1] if sockets else port
+            try:
+                sock = socket.create_server((host, port, *scope), family=family)
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                absent = error
+            else:
+                undo.callback(sock.close)
+                sockets.append(sock)
+        if not sockets:
+            raise absent
+        undo.pop_all()
+    return sockets
+
+
+# --- Command line ---------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line (sys.argv without one); wrong usage ends the program with status 2."""
+    parser = argparse.ArgumentParser(
+        prog="dsmtpd",
+        description="An SMTP server that keeps every message in a Maildir and passes none on.",
+        epilog="Exit status: 0 normal end, 2 wrong usage or no Maildir, 3 cannot listen there.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    text = "port to listen at; 0 takes a free one (%(default)s)"
+    add("-p", "--port", type=int, default=Config.port, help=text)
+    text = "address to listen at; a name means every address that it has (%(default)s)"
+    add("-i", "--interface", metavar="ADDRESS", default=Config.interface, help=text)
+    text = "Maildir to save into (the current directory)"
+    add("-d", "--directory", metavar="DIR", help=text)
+    text = "largest message that is accepted; 0 for no limit (%(default)s)"
+    add("-s", "--max-size", metavar="BYTES", type=int, default=Config.max_size, help=text)
+    text = "refuse addresses and header fields outside ASCII"
+    add("--disable-smtputf8", dest="smtputf8", action="store_false", help=text)
+    add("-v", "--verbose", action="store_true", help="log every session, as C: and S: lines")
+    add("-q", "--quiet", action="store_true", help="log warnings and errors only")
+    add("--version", action="version", version=f"dsmtpd {__version__}")
+    arguments = parser.parse_args(argv)
+    options = vars(arguments)
+    try:
+        arguments.config = Config(**{name: options[name] for name in _CONFIG_FIELDS})
+    except ValueError as error:
+        parser.error(f"argument --{error}")
+    return arguments
+
+
+_CONFIG_FIELDS = [item.name for item in fields(Config)]
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line program; ends in SystemExit with the exit status.
+
+    A zipapp drops what this returns, so it exits by itself.
+    """
+    arguments = parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
+    log.setLevel(
+        logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO
+    )
+    try:
+        store = MaildirStore(arguments.config.directory)
+    except (OSError, mailbox.Error) as error:
+        log.error("Cannot store mail: %s", error)
+        sys.exit(2)
+    sys.exit(asyncio.run(_serve(arguments.config, store)))
+
+
+async def _serve(config: Config, store: MaildirStore) -> int:
+    """Run the server until a signal comes; returns the exit status."""
+    stop = asyncio.Event()
+    server = Server(config, deliver=store.deliver)
+    try:
+        await server.start()
+    except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
+        log.error("Cannot listen at %s, port %s: %s", config.interface, config.port, error)
+        return 3
+    _on_signals(stop.set)
+    for address in server.addresses:
+        log.info("Starting dsmtpd %s at %s", __version__, address)
+    log.info("Storing the incoming emails into %s", store.directory)
+    log.info("Found a Maildir storage with %d mails", len(store))
+    await stop.wait()
+    log.info("Cleaning up")
+    await server.close()
+    return 0
+
+
+def _on_signals(stop: Callable[[], object]) -> None:
+    """Call stop in the running loop at Ctrl-C or SIGTERM; the second one ends the process."""
+    # loop.add_signal_handler would do, but for Windows.
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        loop.call_soon_threadsafe(stop)
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if name in signal.Signals.__members__:
+            signal.signal(signal.Signals[name], on_signal)
+
+
+if __name__ == "__main__":
+    main()
