@@ -889,10 +889,12 @@ class Server:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = _address(writer.get_extra_info("peername"))
-        connection = Connection(self, peer, reader, writer)
         if len(self._connections) >= MAX_CONNECTIONS:
             log.warning("%s: too many connections", peer)
-            connection.interrupt(SMTPError(421, "4.3.2", "Too many connections"))
+            writer.write(bytes(Reply(421, "4.3.2", "Too many connections")))
+            writer.close()
+            return
+        connection = Connection(self, peer, reader, writer)
         task = asyncio.current_task()
         assert task is not None
         self._connections[task] = connection

@@ -1,0 +1,1502 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import email.header
+import email.utils
+import mailbox
+import os
+import random
+import re
+import shutil
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import threading
+import tracemalloc
+import zipapp
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dsmtpd
+from dsmtpd import Config, Envelope, Reply, Server, SMTPError
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "dsmtpd.py"
+NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=timezone.utc)
+POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
+
+
+# --- A session, driven by hand ---------------------------------------------------------
+
+
+class Client:
+    """Drives a Session as the server does, with a deliver that keeps the envelopes."""
+
+    def __init__(self, config: Config | None = None, **options: Any) -> None:
+        self.session = dsmtpd.Session(config or Config(**options), "127.0.0.1:54321")
+        self.envelopes: list[Envelope] = []
+        self.greeting = self.send(b"")
+
+    def send(self, data: bytes) -> bytes:
+        """The replies to these octets."""
+        replies = b""
+        for action in self.session.receive(data, NOW):
+            if isinstance(action, dsmtpd.Deliver):
+                self.envelopes.append(action.envelope)
+                action = Reply(250, "2.0.0", "Message accepted")
+            replies += bytes(action)
+        return replies
+
+    def codes(self, *lines: str) -> str:
+        """The code of the reply to each line, "-" where there is none."""
+        replies = [self.send(line.encode() + b"\r\n").decode() for line in lines]
+        return " ".join(reply.splitlines()[-1][:3] if reply else "-" for reply in replies)
+
+
+def ready(**options: Any) -> Client:
+    """A client in the middle of a session, with a sender and a recipient."""
+    client = Client(**options)
+    assert client.codes("EHLO app.test", "MAIL FROM:<a@x.test>", "RCPT TO:<b@y.test>") == (
+        "250 250 250"
+    )
+    return client
+
+
+# --- Dialogues: C: is what the client sends, with Python's escapes, S: the reply ----------
+
+EHLO = r"""
+C: EHLO app.test
+S: 250-HOST
+S: 250-SIZE 33554432
+S: 250-8BITMIME
+S: 250-SMTPUTF8
+S: 250-PIPELINING
+S: 250-ENHANCEDSTATUSCODES
+S: 250-DSN
+S: 250 HELP
+"""
+
+DIALOGUES = {
+    "one message": rf"""
+S: 220 HOST ESMTP dsmtpd VERSION
+{EHLO}
+C: MAIL FROM:<app@example.com> SIZE=100 BODY=8BITMIME
+S: 250 2.1.0 Sender OK
+C: RCPT TO:<user@test.com>
+S: 250 2.1.5 Recipient OK
+C: DATA
+S: 354 End data with <CR><LF>.<CR><LF>
+C: Subject: Hello
+C:
+C: ..one dot
+C: .
+S: 250 2.0.0 Message accepted
+C: QUIT
+S: 221 2.0.0 Bye
+C: NOOP
+""",
+    "HELO speaks plain SMTP": r"""
+S: 220 HOST ESMTP dsmtpd VERSION
+C: helo app
+S: 250 HOST
+C: mail from: <>
+S: 250 2.1.0 Sender OK
+C: rcpt to: <Postmaster>
+S: 250 2.1.5 Recipient OK
+C: data
+S: 354 End data with <CR><LF>.<CR><LF>
+C: .
+S: 250 2.0.0 Message accepted
+""",
+    "an error changes nothing else": r"""
+S: 220 HOST ESMTP dsmtpd VERSION
+C: HELO app
+S: 250 HOST
+C: MAIL FROM:<a@x>
+S: 250 2.1.0 Sender OK
+C: MAIL FROM:<b@x>
+S: 503 5.5.1 A message has begun already
+C: RCPT TO:<>
+S: 501 5.1.3 Bad address syntax
+C: DATA
+S: 503 5.5.1 Send MAIL and RCPT first
+C: RCPT TO:<b@y>
+S: 250 2.1.5 Recipient OK
+C: RSET now
+S: 501 5.5.4 This command takes no argument
+C: DATA
+S: 354 End data with <CR><LF>.<CR><LF>
+C: text
+C: .
+S: 250 2.0.0 Message accepted
+""",
+    "a person with netcat": r"""
+S: 220 HOST ESMTP dsmtpd VERSION
+N: HELO me
+S: 250 HOST
+N: MAIL FROM:<me@x>
+S: 250 2.1.0 Sender OK
+N: RCPT TO:<you@y>
+S: 250 2.1.5 Recipient OK
+N: DATA
+S: 354 End data with <CR><LF>.<CR><LF>
+N: Hello
+N: ..
+C: .
+N: .
+S: 250 2.0.0 Message accepted
+N: QUIT
+S: 221 2.0.0 Bye
+""",
+    "help lists what is served": r"""
+S: 220 HOST ESMTP dsmtpd VERSION
+C: HELP
+S: 214-2.0.0 Commands:
+S: 214 2.0.0 EHLO HELO MAIL RCPT DATA RSET NOOP QUIT VRFY HELP
+""",
+    "a browser": r"""
+S: 220 HOST ESMTP dsmtpd VERSION
+C: POST / HTTP/1.1
+S: 421 4.7.0 This is not a web server
+C: MAIL FROM:<a@x>
+C: RCPT TO:<b@y>
+""",
+}
+
+
+def units(dialogue: str) -> Iterator[tuple[bytes, bytes]]:
+    """Pairs of what the client sends and what the server answers to it; N: ends with LF."""
+    sent = b""
+    replies = b""
+    for line in dialogue.strip().splitlines():
+        if line.startswith("S:"):
+            text = line[3:].replace("HOST", dsmtpd.HOSTNAME).replace("VERSION", dsmtpd.__version__)
+            replies += text.encode() + b"\r\n"
+        elif line:
+            yield sent, replies
+            text = line[3:].encode().decode("unicode_escape")
+            sent, replies = text.encode("latin-1") + (b"\n" if line[0] == "N" else b"\r\n"), b""
+    yield sent, replies
+
+
+@pytest.mark.parametrize("name", DIALOGUES)
+def test_dialogue(name: str) -> None:
+    """The same, line by line, byte by byte, and all at once, as a client that pipelines."""
+    pairs = list(units(DIALOGUES[name]))
+    by_line = Client()
+    assert by_line.greeting == pairs[0][1]
+    for sent, replies in pairs[1:]:
+        assert by_line.send(sent) == replies, sent
+    octets = b"".join(sent for sent, _ in pairs)
+    expected = b"".join(replies for _, replies in pairs[1:])
+    at_once, by_byte = Client(), Client()
+    assert at_once.send(octets) == expected
+    assert b"".join(by_byte.send(bytes([octet])) for octet in octets) == expected
+    assert by_line.envelopes == at_once.envelopes == by_byte.envelopes
+
+
+# --- Commands ---------------------------------------------------------------------------
+
+# State by command: the code of the reply.
+MATRIX = """
+            start  helo  ehlo  mail  rcpt
+EHLO x      250    250   250   250   250
+HELO x      250    250   250   250   250
+EHLO        501    501   501   501   501
+MAIL F      503    250   250   503   503
+RCPT T      503    503   503   250   250
+DATA        503    503   503   503   354
+DATA x      501    501   501   501   501
+RSET        250    250   250   250   250
+RSET x      501    501   501   501   501
+NOOP        250    250   250   250   250
+NOOP x      250    250   250   250   250
+QUIT        221    221   221   221   221
+QUIT x      501    501   501   501   501
+VRFY x      252    252   252   252   252
+VRFY        501    501   501   501   501
+EXPN x      502    502   502   502   502
+HELP        214    214   214   214   214
+STARTTLS    502    502   502   502   502
+AUTH PLAIN  502    502   502   502   502
+BDAT 1      502    502   502   502   502
+TURN        502    502   502   502   502
+ETRN x      502    502   502   502   502
+ATRN        502    502   502   502   502
+SEND F      502    502   502   502   502
+SOML F      502    502   502   502   502
+SAML F      502    502   502   502   502
+XYZZY       500    500   500   500   500
+.           500    500   500   500   500
+GET /       421    421   421   421   421
+PUT /       421    421   421   421   421
+HEAD /      421    421   421   421   421
+OPTIONS *   421    421   421   421   421
+CONNECT x   421    421   421   421   421
+DELETE /    421    421   421   421   421
+PATCH /     421    421   421   421   421
+PRI *       421    421   421   421   421
+Host: x     421    421   421   421   421
+"""
+STATES = {
+    "start": [],
+    "helo": ["HELO x"],
+    "ehlo": ["EHLO x"],
+    "mail": ["EHLO x", "MAIL FROM:<a@x>"],
+    "rcpt": ["EHLO x", "MAIL FROM:<a@x>", "RCPT TO:<b@y>"],
+}
+
+
+def matrix() -> Iterator[tuple[str, str, str]]:
+    head, *rows = MATRIX.strip().splitlines()
+    for row in rows:
+        command = row[:12].strip().replace(" F", " FROM:<a@x>").replace(" T", " TO:<b@y>")
+        for state, code in zip(head.split(), row[12:].split(), strict=True):
+            yield state, command, code
+
+
+@pytest.mark.parametrize(("state", "command", "code"), matrix())
+def test_command_in_state(state: str, command: str, code: str) -> None:
+    client = Client()
+    client.codes(*STATES[state])
+    assert client.codes(command) == code
+
+
+def test_what_is_said_after_each_command() -> None:
+    """An error, NOOP, VRFY and HELP keep the transaction; RSET, EHLO and HELO drop it."""
+    for command in (
+        "XYZZY",
+        "NOOP",
+        "VRFY x",
+        "HELP",
+        "EXPN x",
+        "MAIL FROM:<a@x>",
+        "EHLO",
+        "QUIT x",
+    ):
+        client = ready()
+        client.codes(command)
+        assert client.codes("DATA") == "354", command
+    for command in ("RSET", "EHLO x", "HELO x"):
+        client = ready()
+        client.codes(command)
+        assert client.codes("RCPT TO:<b@y>", "MAIL FROM:<a@x>") == "503 250", command
+
+
+@pytest.mark.parametrize(
+    ("line", "reply"),
+    [
+        ("ehlo under_score", "250"),
+        ("EHLO [127.0.0.1]", "250"),
+        ("EHLO  x  ", "250"),
+        ("EHLO bücher.test", "250"),
+        ("EHLO ", "501 5.5.4"),
+        ("EHLO a b", "501 5.5.4"),
+        ("HELO a\x00b", "501 5.5.4"),
+        ("HELO a\x85b", "501 5.5.4"),
+        ("nOoP", "250 2.0.0"),
+        ("RSET  ", "250 2.0.0"),
+        (" RSET", "500 5.5.2"),
+        ("RSET\t", "500 5.5.2"),
+        ("", "500 5.5.2"),
+        ("R\u017fET", "500 5.5.2"),
+        ("EXPN x", "502 5.5.1"),
+        ("VRFY", "501 5.5.4"),
+    ],
+)
+def test_command_line(line: str, reply: str) -> None:
+    answer = Client().send(line.encode() + b"\r\n").decode().splitlines()[-1]
+    assert answer.startswith(reply), answer
+
+
+# --- Addresses and parameters -------------------------------------------------------------
+
+ACCEPTED = {
+    "<a@b>": "a@b",
+    "<a.b-c+d=e@x-y.example>": "a.b-c+d=e@x-y.example",
+    "<!#$%&'*+-/=?^_`{|}~@x>": "!#$%&'*+-/=?^_`{|}~@x",
+    '<"a b"@x>': '"a b"@x',
+    r'<"a>\"<b"@x>': r'"a>\"<b"@x',
+    '<""@x>': '""@x',
+    "<a@[127.0.0.1]>": "a@[127.0.0.1]",
+    "<a@[IPv6:::1]>": "a@[IPv6:::1]",
+    "<a@[ipv6:2001:db8::127.0.0.1]>": "a@[ipv6:2001:db8::127.0.0.1]",
+    "<a@[x-tag:some;thing]>": "a@[x-tag:some;thing]",
+    "<Postmaster>": "Postmaster",
+    "<root>": "root",
+    "<@relay.test:a@b>": "a@b",
+    "<@one.test,@two.test:a@b>": "a@b",
+    " <a@b>": "a@b",
+    f"<{'a' * 300}@{'b' * 300}>": f"{'a' * 300}@{'b' * 300}",
+}
+REFUSED = {
+    "a@b": "5.5.4",
+    "": "5.5.4",
+    "<a@b": "5.5.4",
+    "<a@b>x": "5.5.4",
+    "<a@b>>": "5.5.4",
+    "<a b@c>": "BAD",
+    '<"a@b>': "BAD",
+    '<a"b@c>': "BAD",
+    "<.a@b>": "BAD",
+    "<a.@b>": "BAD",
+    "<a..b@c>": "BAD",
+    "<a@>": "BAD",
+    "<@b>": "BAD",
+    "<@b:>": "BAD",
+    "<a@b@c>": "BAD",
+    "<a@-b>": "BAD",
+    "<a@b->": "BAD",
+    "<a@b..c>": "BAD",
+    "<a@b_c>": "BAD",
+    "<a@b c>": "BAD",
+    "<a@[256.0.0.1]>": "BAD",
+    "<a@[1.2.3]>": "BAD",
+    "<a@[IPv6:1::2::3]>": "BAD",
+    "<a@[IPv6:]>": "BAD",
+    "<a@[x]>": "BAD",
+    "<a@[]>": "BAD",
+    "<a\rb@c>": "BAD",
+    "<a\x00b@c>": "BAD",
+    "<a\tb@c>": "BAD",
+    "<a\x1bb@c>": "BAD",
+    "<a\x7fb@c>": "BAD",
+    '<"a\rb"@c>': "BAD",
+    '<"a\\\x00b"@c>': "BAD",
+    "<a\x85b@c>": "BAD",
+}
+
+
+@pytest.mark.parametrize("path", ACCEPTED)
+def test_address_accepted(path: str) -> None:
+    client = Client()
+    assert client.codes("EHLO x", f"MAIL FROM:{path}", f"RCPT TO:{path}") == "250 250 250"
+    assert client.codes("DATA", ".") == "354 250"
+    assert client.envelopes[0].mail_from == ACCEPTED[path]
+    assert client.envelopes[0].rcpt_tos == [ACCEPTED[path]]
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_address_refused(path: str) -> None:
+    client = Client()
+    client.codes("EHLO x")
+    reply = client.send(f"MAIL FROM:{path} SMTPUTF8\r\n".encode()).decode()
+    assert reply.startswith("501 " + REFUSED[path].replace("BAD", "5.1.7")), reply
+    client.codes("MAIL FROM:<> SMTPUTF8")
+    reply = client.send(f"RCPT TO:{path}\r\n".encode()).decode()
+    assert reply.startswith("501 " + REFUSED[path].replace("BAD", "5.1.3")), reply
+
+
+@pytest.mark.parametrize("address", ["é@x.test", "a@bücher.test", '"é x"@x.test', "用户@例子.广告"])
+def test_address_outside_ascii(address: str) -> None:
+    client = Client()
+    assert client.codes("EHLO x", f"MAIL FROM:<{address}>") == "250 553"
+    assert client.codes("MAIL FROM:<a@b>", f"RCPT TO:<{address}>", "RSET") == "250 553 250"
+    assert client.codes(f"MAIL FROM:<{address}> SMTPUTF8", f"RCPT TO:<{address}>") == "250 250"
+    assert client.codes("DATA", ".") == "354 250"
+    assert client.envelopes[0].mail_from == address
+    assert client.envelopes[0].protocol == "UTF8SMTP"
+
+
+def test_address_that_is_not_utf8() -> None:
+    client = Client()
+    client.codes("EHLO x")
+    for parameter in (b"", b" SMTPUTF8"):
+        reply = client.send(b"MAIL FROM:<a\xff@x>" + parameter + b"\r\n")
+        assert reply.startswith(b"501 5.5.2")
+
+
+PARAMETERS = [
+    ("MAIL", "SIZE=0", "250"),
+    ("MAIL", "size=33554432", "250"),
+    ("MAIL", "SIZE=33554433", "552 5.3.4"),
+    ("MAIL", "SIZE=", "501 5.5.4"),
+    ("MAIL", "SIZE", "501 5.5.4"),
+    ("MAIL", "SIZE=-1", "501 5.5.4"),
+    ("MAIL", "SIZE=1x", "501 5.5.4"),
+    ("MAIL", "SIZE=1 SIZE=1", "501 5.5.4"),
+    ("MAIL", "\u017fIZE=1", "555 5.5.4"),
+    ("MAIL", "BODY=7bit", "250"),
+    ("MAIL", "body=8BITMIME", "250"),
+    ("MAIL", "BODY=9BIT", "501 5.5.4"),
+    ("MAIL", "SMTPUTF8", "250"),
+    ("MAIL", "SMTPUTF8=1", "501 5.5.4"),
+    ("MAIL", "SMTPUTF8=", "501 5.5.4"),
+    ("MAIL", "AUTH=<>", "250"),
+    ("MAIL", "AUTH=e+3Dmc2@example.com", "250"),
+    ("MAIL", "AUTH=a+b", "501 5.5.4"),
+    ("MAIL", "RET=FULL", "250"),
+    ("MAIL", "RET=hdrs ENVID=QQ314159", "250"),
+    ("MAIL", "RET=SOME", "501 5.5.4"),
+    ("MAIL", "ENVID=", "501 5.5.4"),
+    ("MAIL", "ENVID=a=b", "501 5.5.4"),
+    ("MAIL", "NOTIFY=NEVER", "555 5.5.4"),
+    ("MAIL", "X=1", "555 5.5.4"),
+    ("MAIL", "=", "555 5.5.4"),
+    ("RCPT", "NOTIFY=NEVER", "250"),
+    ("RCPT", "NOTIFY=SUCCESS,failure,DELAY", "250"),
+    ("RCPT", "NOTIFY=NEVER,SUCCESS", "501 5.5.4"),
+    ("RCPT", "NOTIFY=", "501 5.5.4"),
+    ("RCPT", "ORCPT=rfc822;a+40b@c", "250"),
+    ("RCPT", "ORCPT=a@b", "501 5.5.4"),
+    ("RCPT", "ORCPT=rfc822;a ORCPT=rfc822;a", "501 5.5.4"),
+    ("RCPT", "SIZE=1", "555 5.5.4"),
+]
+
+
+@pytest.mark.parametrize(("verb", "parameters", "reply"), PARAMETERS)
+def test_parameters(verb: str, parameters: str, reply: str) -> None:
+    client = Client()
+    client.codes("EHLO x")
+    if verb == "RCPT":
+        client.codes("MAIL FROM:<a@b>")
+    path = "FROM:<a@b>" if verb == "MAIL" else "TO:<c@d>"
+    answer = client.send(f"{verb} {path} {parameters}\r\n".encode()).decode()
+    assert answer.startswith(reply), answer
+
+
+def test_parameters_are_recorded() -> None:
+    client = Client()
+    client.codes(
+        "EHLO x", "MAIL FROM:<a@b> size=3  SMTPUTF8 RET=FULL", "RCPT TO:<c@d> NOTIFY=NEVER"
+    )
+    client.codes("RCPT TO:<e@f>", "DATA", ".")
+    assert client.envelopes[0].mail_options == {"SIZE": "3", "SMTPUTF8": "", "RET": "FULL"}
+    assert client.envelopes[0].rcpt_options == [{"NOTIFY": "NEVER"}, {}]
+
+
+def test_parameters_need_ehlo() -> None:
+    client = Client()
+    assert client.codes("HELO x", "MAIL FROM:<a@b> SIZE=1", "MAIL FROM:<a@b>") == "250 555 250"
+    assert client.codes("RCPT TO:<c@d> NOTIFY=NEVER", "RCPT TO:<c@d>  ") == "555 250"
+
+
+def test_without_smtputf8() -> None:
+    client = Client(smtputf8=False)
+    assert b"SMTPUTF8" not in client.send(b"EHLO x\r\n")
+    assert client.codes("MAIL FROM:<a@b> SMTPUTF8", "MAIL FROM:<é@b>") == "555 553"
+
+
+@pytest.mark.parametrize(
+    ("body", "content", "reply"),
+    [
+        ("7BIT", "Subject: a\r\n\r\nb", "250 2.0.0"),
+        ("7BIT", "Subject: é\r\n\r\nb", "554 5.6.7"),
+        ("8BITMIME", "Subject: é", "554 5.6.7"),
+        ("8BITMIME", "Subject: a\r\n\r\né", "250 2.0.0"),
+        ("7BIT", "Subject: a\r\n\r\né", "554 5.6.1"),
+        ("7BIT", "Subject: a\n\né", "554 5.6.1"),
+        ("7BIT", "\r\né", "554 5.6.1"),
+    ],
+)
+def test_content_without_smtputf8(body: str, content: str, reply: str) -> None:
+    client = Client(smtputf8=False)
+    client.codes("EHLO x", f"MAIL FROM:<a@b> BODY={body}", "RCPT TO:<c@d>", "DATA")
+    answer = client.send(content.encode() + b"\r\n.\r\n").decode()
+    assert answer.startswith(reply), answer
+    assert client.codes("MAIL FROM:<a@b>") == "250"
+
+
+# --- Content ------------------------------------------------------------------------------
+
+CONTENTS = [
+    b"",
+    b"\r\n",
+    b".\r\n",
+    b"..\r\n.\r\n...\r\n",
+    b"no line end\r\n",
+    b"\x00\xff\x80\r\n",
+    b"bare \r and \n and \r\r\n\n\r\n",
+    b"a\r\n\r\n\r\nb\r\n",
+    b"x" * 1_000_000 + b"\r\n",
+    bytes(range(256)) * 40 + b"\r\n",
+    b"\r\r\r\n.\n.\r.\r\n",
+]
+# Every mixture that some server took for the end of the content (SMTP smuggling).
+LOOK_ALIKES = [
+    b"\n.\n",
+    b"\n.\r\n",
+    b"\r.\r",
+    b"\r.\r\n",
+    b"\r\n.\r",
+    b"\r\n.\n",
+    b"\n.\r",
+    b"\r.\n",
+    b"\r\n\x00.\r\n",
+    b"\r\n.\x00\r\n",
+    b"\r\n.\r\r\n",
+    b"\r\n.\n\r\n",
+    b"\r\r\n.\r\r\n",
+    b"\r\n. \r\n",
+]
+
+
+def stuffed(content: bytes, eol: bytes = b"\r\n") -> bytes:
+    """RFC 5321 section 4.5.2, said in another way than the server says it."""
+    return (
+        eol.join(b"." + line if line.startswith(b".") else line for line in content.split(eol))
+        + b"."
+        + eol
+    )
+
+
+@pytest.mark.parametrize("content", CONTENTS, ids=range(len(CONTENTS)))
+def test_content_arrives_to_the_byte(content: bytes) -> None:
+    octets = stuffed(content) + b"NOOP\r\n"
+    generator = random.Random(1)
+    for _ in range(200 if len(octets) < 20_000 else 10):
+        client = ready()
+        client.codes("DATA")
+        replies = b""
+        rest = octets
+        while rest:
+            cut = generator.choice([1, 2, 3, 5, 100, 100_000])
+            replies += client.send(rest[:cut])
+            rest = rest[cut:]
+        assert replies == b"250 2.0.0 Message accepted\r\n250 2.0.0 OK\r\n"
+        assert client.envelopes[0].content == content
+
+
+@pytest.mark.parametrize("text", LOOK_ALIKES)
+def test_nothing_else_ends_a_message(text: bytes) -> None:
+    octets = b"one" + text + b"MAIL FROM:<smuggled@x>\r\n"
+    for size in (1, len(octets)):
+        client = ready()
+        client.codes("DATA")
+        for at in range(0, len(octets), size):
+            assert client.send(octets[at : at + size]) == b""
+        assert client.send(b".\r\n") == b"250 2.0.0 Message accepted\r\n"
+        # A dot in front of anything but the line end is dot-stuffing.
+        assert client.envelopes[0].content == octets.replace(b"\r\n.", b"\r\n")
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_terminator_split_anywhere(cut: int) -> None:
+    client = ready()
+    client.codes("DATA")
+    octets = b"ab\r\n.\r\n"
+    assert (
+        client.send(octets[:cut]) + client.send(octets[cut:]) == b"250 2.0.0 Message accepted\r\n"
+    )
+    assert client.envelopes[0].content == b"ab\r\n"
+
+
+def test_content_after_a_bare_lf() -> None:
+    client = ready()
+    assert client.send(b"DATA\n").startswith(b"354")
+    assert client.send(b"a\r\n.\r\n..b\n.\r\nc\r\n.") == b""
+    assert client.send(b"\n") == b"250 2.0.0 Message accepted\r\n"
+    assert client.envelopes[0].content == b"a\r\n\r\n.b\n\r\nc\r\n"
+
+
+def test_envelope() -> None:
+    client = ready()
+    client.codes("DATA", "Subject: Hi", ".")
+    assert client.envelopes == [
+        Envelope(
+            peer="127.0.0.1:54321",
+            helo="app.test",
+            protocol="ESMTP",
+            tls=False,
+            user=None,
+            mail_from="a@x.test",
+            mail_options={},
+            rcpt_tos=["b@y.test"],
+            rcpt_options=[{}],
+            content=b"Subject: Hi\r\n",
+            received=NOW,
+            warnings=[],
+            path=None,
+        )
+    ]
+    assert client.envelopes[0].email["Subject"] == "Hi"
+
+
+SUBJECTS = {
+    b"Subject: Welcome Email\r\n\r\nText": "Welcome Email",
+    b"To: a\r\nsubject:\ta\r\n\tb\r\n  c\r\nX: y\r\n": "a b c",
+    b"X: y\r\n Subject: folded\r\n\r\n": "",
+    b"X: y\r\n\r\nSubject: in the body\r\n": "",
+    b"\r\nSubject: in the body\r\n": "",
+    b"X: a\rb\nSubject: bare\n\n": "bare",
+    b"Subject: =?utf-8?q?h=C3=A9?= =?iso-8859-1?q?_=E9?=\r\n": "h\u00e9 \u00e9",
+    "Subject: h\u00e9\r\n".encode(): "h\u00e9",
+    b"Subject: \xff\r\n": "\ufffd",
+    b"Subject: =?nothing?q?a?=\r\n": "=?nothing?q?a?=",
+    b"Subject: =?utf-8?b?a?=\r\n": "=?utf-8?b?a?=",
+    b"Subject: =?utf-7?q?+2AA-?=\r\n": "?",
+    b"Subject: =?utf-8?q?a=0D=0Ab?=\r\n": "a b",
+    b"Subject": "",
+    b"": "",
+}
+
+
+@pytest.mark.parametrize("content", SUBJECTS)
+def test_subject(content: bytes) -> None:
+    client = ready()
+    client.codes("DATA")
+    client.send(stuffed(content + b"\r\n"))
+    assert client.envelopes[0].subject == SUBJECTS[content]
+
+
+# --- Limits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "reply"), [(98, b"250"), (99, b"552 5.3.4"), (300_000, b"552 5.3.4")]
+)
+def test_message_size(size: int, reply: bytes) -> None:
+    client = ready(max_size=100)
+    assert client.codes("DATA") == "354"
+    octets = b".." + b"x" * (size - 1) + b"\r\n.\r\nNOOP\r\n"
+    for chunk in (octets[:90], octets[90:200], octets[200:]):
+        answer = client.send(chunk)
+        if answer:
+            break
+    assert answer.startswith(reply)
+    assert answer.endswith(b"250 2.0.0 OK\r\n")
+    assert len(client.envelopes) == (reply == b"250")
+
+
+def test_rejected_content_is_never_read_as_commands() -> None:
+    client = ready(max_size=10)
+    client.codes("DATA")
+    assert client.send(b"QUIT\r\n" * 100) == b""
+    assert client.codes(".", "NOOP") == "552 250"
+
+
+def test_no_size_limit() -> None:
+    client = Client(max_size=0)
+    assert b"250-SIZE 0\r\n" in client.send(b"EHLO x\r\n")
+    assert client.codes("MAIL FROM:<a@b> SIZE=99999999999999999999") == "250"
+
+
+def test_recipients() -> None:
+    client = Client()
+    client.codes("EHLO x", "MAIL FROM:<a@b>")
+    replies = client.send(b"".join(b"RCPT TO:<u%d@x>\r\n" % n for n in range(1001))).splitlines()
+    assert set(replies[:1000]) == {b"250 2.1.5 Recipient OK"}
+    assert replies[1000].startswith(b"452 4.5.3")
+    client.codes("DATA", ".")
+    assert client.envelopes[0].rcpt_tos == [f"u{n}@x" for n in range(1000)]
+
+
+def test_content_held_by_all_sessions() -> None:
+    quota = dsmtpd.Quota(1000)
+    clients = [ready(), ready()]
+    for client in clients:
+        client.session._quota = quota
+        client.codes("DATA")
+    first, second = clients
+    first.send(b"x" * 600)
+    second.send(b"x" * 600)
+    assert second.send(b"\r\n.\r\n") == b"452 4.3.1 Too much mail at the same time\r\n"
+    assert first.send(b"\r\n.\r\n").startswith(b"250")
+    assert quota.held == 0
+    assert second.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA") == "250 250 354"
+    second.send(b"x" * 600)
+    second.session.close()
+    assert quota.held == 0
+
+
+def test_errors_in_a_row() -> None:
+    client = Client()
+    assert client.codes(*["XYZZY"] * 20, "NOOP") == "500 " * 20 + "250"
+    assert client.codes(*["XYZZY"] * 21, "NOOP") == "500 " * 20 + "421 -"
+
+
+@pytest.mark.parametrize("size", [1, 1000, 100_000])
+def test_long_line(size: int) -> None:
+    client = Client()
+    octets = b"NOOP " + b"x" * (12_288 - 7) + b"\r\nNOOP " + b"x" * (12_288 - 6) + b"\r\nNOOP\r\n"
+    replies = b"".join(client.send(octets[at : at + size]) for at in range(0, len(octets), size))
+    assert replies == b"250 2.0.0 OK\r\n500 5.5.2 Line too long\r\n250 2.0.0 OK\r\n"
+
+
+def test_a_gigabyte_without_a_line_end() -> None:
+    client = Client()
+    chunk = b"x" * dsmtpd.CHUNK
+    tracemalloc.start()
+    try:
+        for _ in range(2**30 // len(chunk)):
+            client.send(chunk)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert client.codes("", "NOOP") == "500 250"
+
+
+def test_memory_of_a_large_message() -> None:
+    client = ready()
+    client.codes("DATA")
+    chunk = (b"x" * 1022 + b"\r\n") * 64
+    tracemalloc.start()
+    try:
+        for _ in range(2**25 // len(chunk)):
+            client.send(chunk)
+        client.send(b".\r\n")
+        assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert len(client.envelopes[0].content) == 2**25
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"port": 70_000}, "from 0"),
+        ({"port": -1}, "from 0"),
+        ({"max_size": -1}, "0 for no limit"),
+        ({"interface": " "}, "127.0.0.1"),
+    ],
+)
+def test_config_says_what_is_allowed(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Config(**options)
+
+
+@pytest.mark.parametrize("code", [(250, "2.0.0"), (550, "4.0.0"), (550, ""), (600, "6.0.0")])
+def test_error_is_one(code: tuple[int, str]) -> None:
+    with pytest.raises(ValueError, match="not a code"):
+        SMTPError(*code, "text")
+
+
+def test_reply_stays_in_its_line() -> None:
+    assert bytes(SMTPError(550, "5.7.1", "no\r\n250 yes é").reply) == b"550 5.7.1 no 250 yes ?\r\n"
+    assert bytes(Reply(250, "2.0.0", "a\nb")) == b"250-2.0.0 a\r\n250 2.0.0 b\r\n"
+
+
+# --- Noise --------------------------------------------------------------------------------
+
+WORDS = [line.split()[0].encode() for line in MATRIX.strip().splitlines()[1:]] + [
+    b" ", b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r", b".", b"\x00", b"\xff", b"\xc3\xa9",
+    b"\r\n.\r\n", b" FROM:<a@b>", b" TO:<c@d>", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n",
+    b"DATA\r\n", b'<"', b" SIZE=1", b" SMTPUTF8", b"x" * 13_000,
+]  # fmt: skip
+REPLIES = re.compile(rb"(?:(?:[2-5]\d\d-[ -~]*\r\n)*[2-5]\d\d [ -~]*\r\n)*")
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_noise(seed: int) -> None:
+    """Whatever comes gets well-formed replies, and the same ones however it is cut."""
+    generator = random.Random(seed)
+    octets = b"".join(generator.choices(WORDS, k=200))
+    whole, cut = Client(max_size=20_000), Client(max_size=20_000)
+    replies = whole.send(octets)
+    assert REPLIES.fullmatch(replies)
+    pieces = b""
+    while octets:
+        size = generator.randint(1, 400)
+        pieces += cut.send(octets[:size])
+        octets = octets[size:]
+    assert pieces == replies
+    assert cut.envelopes == whole.envelopes
+
+
+# --- Storage ------------------------------------------------------------------------------
+
+
+def envelope(**changes: Any) -> Envelope:
+    client = ready()
+    client.codes("DATA", "Subject: Hi", "", "Text", ".")
+    return dataclasses.replace(client.envelopes[0], **changes)
+
+
+def test_trace_header() -> None:
+    text = dsmtpd.trace_header(envelope(rcpt_tos=["b@y.test", "c@z.test"]), "KEY").decode()
+    assert text == (
+        "Return-Path: <a@x.test>\n"
+        "X-Peer: 127.0.0.1:54321\n"
+        "X-MailFrom: a@x.test\n"
+        "X-RcptTo: b@y.test, c@z.test\n"
+        f"Received: from app.test (127.0.0.1) by {dsmtpd.HOSTNAME} (dsmtpd {dsmtpd.__version__})"
+        " with ESMTP id KEY; Sat, 21 Nov 2026 12:00:00 +0000\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "rcpt_tos",
+    [
+        ["b@y"],
+        ["é@x", "用户@例子.广告"],
+        [f"user{n}@example.test" for n in range(1000)],
+        [f"ü{n}@example.test" for n in range(1000)],
+        ["x" * 12_000 + "@y"],
+        ['"' + "a b  " * 1000 + '"@y'],
+        ['"' + " " * 3000 + '"@y'],
+        ["=?utf-8?q?no?=@y"],
+        ["😀" * 500 + "@y"],
+    ],
+)
+def test_trace_header_gives_every_address_back(rcpt_tos: list[str]) -> None:
+    changes = {"mail_from": rcpt_tos[0], "rcpt_tos": rcpt_tos, "helo": "h" * 12_000}
+    octets = dsmtpd.trace_header(envelope(**changes), "KEY")
+    assert max(map(len, octets.splitlines())) < 998
+    message = email.message_from_bytes(octets + b"X-Last: 1\n\n")
+    assert message.keys() == [
+        "Return-Path", "X-Peer", "X-MailFrom", "X-RcptTo", "Received", "X-Last"
+    ]  # fmt: skip
+    unfolded = re.sub(r"\n(?= )", "", message["X-RcptTo"])
+    ((found, charset),) = email.header.decode_header(unfolded)
+    found = found.decode(charset or "ascii") if isinstance(found, bytes) else found
+    assert found == ", ".join(rcpt_tos)
+
+
+def test_nothing_ends_a_field_early() -> None:
+    client = Client()
+    client.codes("EHLO evil);X-Bad:1", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", ".")
+    text = dsmtpd.trace_header(client.envelopes[0], "KEY").decode()
+    assert "from evil??X-Bad:1 (" in text
+
+
+def test_what_is_in_the_file(tmp_path: Path) -> None:
+    store = dsmtpd.MaildirStore(tmp_path / "deep" / "mail")
+    content = b"Subject: Hi\r\n\r\n8-bit \xff, bare \r, bare \n, \x00\r\n\r\r\nno end"
+    path = store.deliver(envelope(content=content)).path
+    assert path is not None
+    assert path.parent == tmp_path / "deep" / "mail" / "new"
+    octets = path.read_bytes()
+    header, _, rest = octets.partition(b"Subject: ")
+    assert header == dsmtpd.trace_header(envelope(), path.name)
+    assert b"Subject: " + rest == content.replace(b"\r\n", b"\n")
+    assert list(store.directory.joinpath("tmp").iterdir()) == []
+    message = mailbox.Maildir(tmp_path / "deep" / "mail", create=False)[path.name]
+    assert message["X-Peer"] == "127.0.0.1:54321"
+
+
+def test_many_threads_and_stores(tmp_path: Path) -> None:
+    stores = [dsmtpd.MaildirStore(tmp_path / "mail") for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda store=store: [store.deliver(envelope()) for _ in range(50)])
+        for store in stores * 2
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stores[0]) == 200
+
+
+def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def folders(path: Path) -> set[str]:
+        return {entry.name for entry in path.iterdir()}
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "git" / "cur").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    for name in ("empty", "git", "missing"):
+        dsmtpd.MaildirStore(tmp_path / name)
+        assert folders(tmp_path / name) == {"cur", "new", "tmp"}
+    with pytest.raises(mailbox.Error, match="other is not a Maildir: it has no cur, new, tmp"):
+        dsmtpd.MaildirStore(tmp_path / "other")
+    with pytest.raises(mailbox.Error, match="is not a directory"):
+        dsmtpd.MaildirStore(tmp_path / "other" / "file")
+    assert folders(tmp_path / "other") == {"file"}
+    monkeypatch.chdir(tmp_path / "other")
+    assert dsmtpd.MaildirStore().directory == tmp_path / "other"
+    assert folders(tmp_path / "other") == {"file", "cur", "new", "tmp"}
+
+
+def break_tmp(mail: Path) -> Callable[[], None]:
+    (mail / "tmp").rmdir()
+    return (mail / "tmp").mkdir
+
+
+def break_new(mail: Path) -> Callable[[], None]:
+    (mail / "new").rmdir()
+    (mail / "new").touch()
+
+    def repair() -> None:
+        (mail / "new").unlink()
+        (mail / "new").mkdir()
+
+    return repair
+
+
+def break_all(mail: Path) -> Callable[[], None]:
+    shutil.rmtree(mail)
+    return lambda: dsmtpd.MaildirStore(mail).close()
+
+
+@pytest.mark.parametrize("fault", [break_tmp, break_new, break_all])
+def test_storage_fault(fault: Callable[[Path], Callable[[], None]], tmp_path: Path) -> None:
+    mail = tmp_path / "mail"
+    store = dsmtpd.MaildirStore(mail)
+    repair = fault(mail)
+    with pytest.raises(SMTPError) as caught:
+        store.deliver(envelope())
+    assert caught.value.reply == Reply(451, "4.3.0", "Cannot store the message now")
+    assert not [path for path in mail.rglob("*") if path.is_file() and path.name != "new"]
+    repair()
+    store.deliver(envelope())
+    assert len(store) == 1
+
+
+# --- The server, on sockets ---------------------------------------------------------------
+
+
+class Peer:
+    """A client on a socket, inside the loop of a test."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def connect(cls, server: Server, host: str | None = None) -> Peer:
+        return cls(*await asyncio.open_connection(host or server.host, server.port))
+
+    async def reply(self) -> str:
+        while (line := (await self.reader.readline()).decode())[3:4] == "-":
+            pass
+        return line.rstrip("\r\n")
+
+    async def ask(self, text: str) -> str:
+        self.writer.write(text.encode() + b"\r\n")
+        return await self.reply()
+
+    async def send_mail(self, content: str = "Subject: Hi") -> str:
+        await self.ask("EHLO x")
+        await self.ask("MAIL FROM:<a@b>")
+        await self.ask("RCPT TO:<c@d>")
+        await self.ask("DATA")
+        return await self.ask(content + "\r\n.")
+
+    async def close(self) -> None:
+        self.writer.close()
+        with contextlib.suppress(OSError):
+            await self.writer.wait_closed()
+
+
+def run(scenario: Callable[[], Any]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_server_in_the_loop(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with Server(port=0, directory=tmp_path / "mail") as server:
+            peer = await Peer.connect(server)
+            assert (await peer.reply()).startswith(f"220 {dsmtpd.HOSTNAME} ESMTP dsmtpd ")
+            assert await peer.send_mail() == "250 2.0.0 Message accepted"
+            waiting = asyncio.create_task(server.serve_forever())
+        await waiting
+        assert await peer.reply() == "421 4.3.2 Shutting down"
+        assert await peer.reply() == ""
+        await peer.close()
+
+    run(scenario)
+    (message,) = mailbox.Maildir(tmp_path / "mail")
+    assert message["Subject"] == "Hi"
+    assert message["X-Peer"].startswith("127.0.0.1:")
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
+def test_ipv6_and_names_with_several_addresses() -> None:
+    envelopes: list[Envelope] = []
+
+    async def scenario() -> None:
+        async with Server(interface="::1", port=0, deliver=envelopes.append) as server:
+            assert server.addresses == [f"[::1]:{server.port}"]
+            peer = await Peer.connect(server)
+            await peer.reply()
+            assert (await peer.send_mail()).startswith("250")
+            await peer.close()
+        async with Server(interface="localhost", port=0, deliver=envelopes.append) as server:
+            for host in {found[4][0] for found in socket.getaddrinfo("localhost", 0)}:
+                peer = await Peer.connect(server, str(host))
+                await peer.reply()
+                await peer.close()
+
+    run(scenario)
+    assert envelopes[0].peer.startswith("[::1]:")
+    assert b"from x ([::1]) by" in dsmtpd.trace_header(envelopes[0], "KEY")
+
+
+def test_what_deliver_may_do(caplog: pytest.LogCaptureFixture) -> None:
+    async def accept(envelope: Envelope) -> None:
+        await asyncio.sleep(0)
+
+    async def refuse(envelope: Envelope) -> None:
+        raise SMTPError(554, "5.6.0", "Refused")
+
+    def shut(envelope: Envelope) -> None:
+        raise SMTPError(421, "4.3.2", "Gone")
+
+    def fail(envelope: Envelope) -> None:
+        raise RuntimeError("secret detail")
+
+    async def scenario(deliver: Callable[[Envelope], object], replies: list[str]) -> None:
+        async with Server(port=0, deliver=deliver) as server:
+            peer = await Peer.connect(server)
+            await peer.reply()
+            assert [await peer.send_mail(), await peer.ask("NOOP")] == replies
+            await peer.close()
+
+    ok = "250 2.0.0 OK"
+    run(lambda: scenario(accept, ["250 2.0.0 Message accepted", ok]))
+    run(lambda: scenario(refuse, ["554 5.6.0 Refused", ok]))
+    run(lambda: scenario(shut, ["421 4.3.2 Gone", ""]))
+    assert not caplog.records
+    run(lambda: scenario(fail, ["451 4.3.0 Cannot take the message now", ok]))
+    assert "secret detail" in caplog.text
+
+
+def test_a_slow_disk_holds_up_no_other_session() -> None:
+    slow = threading.Event()
+    started = threading.Event()
+
+    def deliver(envelope: Envelope) -> None:
+        if envelope.subject == "slow":
+            started.set()
+            assert slow.wait(20)
+
+    async def scenario() -> None:
+        async with Server(port=0, deliver=deliver) as server:
+            first, second = await Peer.connect(server), await Peer.connect(server)
+            await first.reply()
+            await second.reply()
+            waiting = asyncio.create_task(first.send_mail("Subject: slow"))
+            await asyncio.to_thread(started.wait, 20)
+            assert (await second.send_mail("Subject: fast")).startswith("250")
+            assert not waiting.done()
+            # Closing finishes what is being delivered.
+            closing = asyncio.create_task(server.close())
+            assert await second.reply() == "421 4.3.2 Shutting down"
+            slow.set()
+            await closing
+            assert (await waiting).startswith("250")
+            assert await first.reply() == "421 4.3.2 Shutting down"
+            await first.close()
+            await second.close()
+
+    run(scenario)
+
+
+def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dsmtpd, "IDLE_TIMEOUT", 0.05)
+
+    async def scenario() -> None:
+        async with Server(port=0, deliver=print) as server:
+            peer = await Peer.connect(server)
+            await peer.reply()
+            assert await peer.reply() == "421 4.4.2 Silent for too long"
+            assert await peer.reply() == ""
+            await peer.close()
+            peer = await Peer.connect(server)
+            await peer.reply()
+            peer.writer.write(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nhalf a")
+            assert [(await peer.reply())[:3] for _ in range(5)] == [
+                "250",
+                "250",
+                "250",
+                "354",
+                "421",
+            ]
+            await peer.close()
+
+    run(scenario)
+
+
+def test_a_client_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading stops until it does, and after a while it is sent away."""
+    monkeypatch.setattr(dsmtpd, "IDLE_TIMEOUT", 0.3)
+
+    async def scenario() -> None:
+        async with Server(port=0, deliver=print) as server:
+            _, writer = await asyncio.open_connection(server.host, server.port, limit=1)
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    writer.write(b"HELP\r\n" * 10_000)
+                    await writer.drain()
+            writer.close()
+
+    run(scenario)
+
+
+def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 2)
+
+    async def scenario() -> None:
+        async with Server(port=0, deliver=print) as server:
+            peers = [await Peer.connect(server) for _ in range(3)]
+            codes = [(await peer.reply())[:9] for peer in peers]
+            assert codes[2] == "421 4.3.2"
+            assert all(code.startswith("220") for code in codes[:2])
+            assert await peers[2].reply() == ""
+            await peers[0].ask("QUIT")
+            assert await peers[0].reply() == ""
+            again = await Peer.connect(server)
+            assert (await again.reply()).startswith("220")
+            for peer in [*peers, again]:
+                await peer.close()
+
+    run(scenario)
+
+
+def test_clients_that_reset(caplog: pytest.LogCaptureFixture) -> None:
+    """At each moment of a session; the server says nothing of it and goes on."""
+    steps = [b"", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n", b"text"]
+    envelopes: list[Envelope] = []
+
+    async def scenario() -> None:
+        async with Server(port=0, deliver=envelopes.append) as server:
+            for count in range(len(steps) + 1):
+                for read in (True, False):
+                    peer = await Peer.connect(server)
+                    for step in steps[:count]:
+                        peer.writer.write(step)
+                        if read and step != b"text":
+                            await peer.reply()
+                    await peer.writer.drain()
+                    peer.writer.transport.abort()
+            peer = await Peer.connect(server)
+            await peer.reply()
+            assert (await peer.send_mail()).startswith("250")
+            await peer.close()
+
+    run(scenario)
+    assert len(envelopes) == 1
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+
+
+# --- The process --------------------------------------------------------------------------
+
+
+class Process:
+    """The program in a process of its own, once it listens."""
+
+    def __init__(
+        self, *arguments: str | Path, program: tuple[str | Path, ...] = (SCRIPT,), cwd: Path
+    ) -> None:
+        command: list[str | Path] = [sys.executable, "-W", "error", *program, "-p", "0", *arguments]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.popen = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            cwd=cwd,
+            env={**environment, "PYTHONUTF8": "1"},
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
+        self.lines: list[str] = []
+        self.port = 0
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            self.lines.append(line)
+            if found := re.search(r"Starting dsmtpd [\d.]+ at .*:(\d+)$", line):
+                self.port = int(found[1])
+            if "Found a Maildir storage with" in line:
+                break
+
+    def end(self) -> tuple[int, str]:
+        """Its exit status and its whole log, once it has ended; stops it if need be."""
+        try:
+            _, rest = self.popen.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            raise
+        return self.popen.returncode, "".join(self.lines) + rest
+
+    def stop(
+        self, number: int = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
+    ) -> tuple[int, str]:
+        self.popen.send_signal(number)
+        return self.end()
+
+
+@contextlib.contextmanager
+def process(*arguments: str | Path, **options: Any) -> Iterator[Process]:
+    running = Process(*arguments, **options)
+    try:
+        yield running
+    finally:
+        if running.popen.poll() is None:
+            running.popen.kill()
+            running.popen.wait()
+        assert running.popen.stderr is not None
+        running.popen.stderr.close()
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    content = "Subject: Welcome Email\r\nTo: user@test.com\r\n\r\nÄ dot:\r\n.\r\n".encode()
+    with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            client.sendmail("app@example.com", ["user@test.com"], content, ["BODY=8BITMIME"])
+            assert client.sock is not None
+            _, port = client.sock.getsockname()
+        status, text = server.stop()
+    assert status == 0
+    assert [line[24:] for line in text.splitlines()] == [
+        f"INFO: Starting dsmtpd {dsmtpd.__version__} at 127.0.0.1:{server.port}",
+        f"INFO: Storing the incoming emails into {tmp_path / 'mail'}",
+        "INFO: Found a Maildir storage with 0 mails",
+        f"INFO: 127.0.0.1:{port}: app@example.com -> user@test.com [Welcome Email]",
+        "INFO: Cleaning up",
+    ]
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO: ", text)
+    (path,) = (tmp_path / "mail" / "new").iterdir()
+    assert path.read_bytes().endswith(content.replace(b"\r\n", b"\n"))
+
+
+@POSIX
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_with_idle_clients(number: int, tmp_path: Path) -> None:
+    with process("-d", tmp_path / "mail", cwd=tmp_path) as server, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", server.port)
+        clients = [stack.enter_context(socket.create_connection(address)) for _ in range(5)]
+        files = [stack.enter_context(client.makefile("rb")) for client in clients]
+        for file in files:
+            assert file.readline().startswith(b"220")
+        status, text = server.stop(number)
+        assert [file.read() for file in files] == [b"421 4.3.2 Shutting down\r\n"] * 5
+    assert status == 0
+    assert "Traceback" not in text
+
+
+@POSIX
+def test_kill_after_the_reply(tmp_path: Path) -> None:
+    with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            client.ehlo()
+            client.mail("a@b")
+            client.rcpt("c@d")
+            client.data(b"x" * 100_000)
+            server.popen.kill()
+            server.popen.wait()
+            with contextlib.suppress(smtplib.SMTPServerDisconnected):
+                client.quit()
+    (path,) = (tmp_path / "mail" / "new").iterdir()
+    assert path.read_bytes().endswith(b"x" * 100_000 + b"\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
+def test_no_space_left(tmp_path: Path) -> None:
+    """A limit on the size of files fails in the middle of a write, as a full disk does."""
+    import resource
+
+    with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
+        _, hard = resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (10_000, hard))
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            with pytest.raises(smtplib.SMTPDataError) as caught:
+                client.sendmail("a@b", ["c@d"], "x" * 100_000)
+            assert caught.value.smtp_code == 451
+            assert caught.value.smtp_error == b"4.3.0 Cannot store the message now"
+            assert not [path for path in (tmp_path / "mail").rglob("*") if path.is_file()]
+            resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (hard, hard))
+            client.sendmail("a@b", ["c@d"], "x" * 100_000)
+        _, text = server.stop()
+    assert len(list((tmp_path / "mail" / "new").iterdir())) == 1
+    assert "File too large" in text
+
+
+def test_verbose_and_quiet(tmp_path: Path) -> None:
+    with process("-v", "-d", tmp_path / "mail", cwd=tmp_path) as server:
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            client.noop()
+        _, text = server.stop()
+    assert re.search(r" DEBUG: 127\.0\.0\.1:\d+ C: noop\n", text)
+    assert re.search(r" DEBUG: 127\.0\.0\.1:\d+ S: 250 2\.0\.0 OK\n", text)
+    assert "asyncio" not in text
+    completed = command("-q", "-p", "0", "-d", tmp_path / "mail", "-i", "192.0.2.1")
+    assert "INFO" not in completed.stderr
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the program to its end."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", SCRIPT, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=20,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-p", "70000"], "argument --port: must be from 0 (any free one) to 65535, not 70000"),
+        (["-p", "x"], "argument -p/--port: invalid int value: 'x'"),
+        (["-s", "-1"], "argument --max-size: must be a number of bytes, or 0 for no limit, not -1"),
+        (["-i", ""], "argument --interface: an address or a host name is needed"),
+        (["--direct", "x"], "unrecognized arguments"),
+        (["extra"], "unrecognized arguments: extra"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], text: str) -> None:
+    completed = command(*arguments)
+    assert completed.returncode == 2
+    assert text in completed.stderr
+
+
+def test_not_a_maildir(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for directory, text in [
+        (
+            tmp_path,
+            f"ERROR: Cannot store mail: {tmp_path} is not a Maildir: it has no cur, new, tmp",
+        ),
+        (tmp_path / "file", f"ERROR: Cannot store mail: {tmp_path / 'file'} is not a directory"),
+    ]:
+        completed = command("-p", "0", "-d", directory)
+        assert completed.returncode == 2
+        assert completed.stderr.splitlines()[0].endswith(text)
+        assert len(completed.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_cannot_listen(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for arguments in (["-p", port], ["-p", "0", "-i", "192.0.2.1"], ["-p", "0", "-i", "a..b"]):
+            completed = command(*arguments, "-d", tmp_path / "mail")
+            assert completed.returncode == 3
+            assert len(completed.stderr.splitlines()) == 1
+            assert "Cannot listen at " in completed.stderr
+
+
+def test_version_and_help() -> None:
+    assert command("--version").stdout == f"dsmtpd {dsmtpd.__version__}\n"
+    assert "usage: dsmtpd [-h]" in command("-h").stdout
+
+
+def test_as_a_module_and_a_zipapp(tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "app")
+    zipapp.create_archive(tmp_path / "app", tmp_path / "dsmtpd.pyz", main="dsmtpd:main")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    for program in (("-m", "dsmtpd"), (tmp_path / "dsmtpd.pyz",)):
+        with process("-d", tmp_path / "mail", program=program, cwd=tmp_path / "app") as server:
+            with smtplib.SMTP("127.0.0.1", server.port) as client:
+                client.sendmail("a@b", ["c@d"], "Subject: Hi")
+            status, _ = server.stop()
+        assert status == 0
+        completed = subprocess.run(
+            [sys.executable, *program, "-d", tmp_path / "other"], cwd=tmp_path / "app", check=False
+        )
+        assert completed.returncode == 2
+    assert len(list((tmp_path / "mail" / "new").iterdir())) == 2
+
+
+def test_the_wheel(tmp_path: Path) -> None:
+    """Built, installed into a folder of its own, and started there."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    for name in ("dsmtpd.py", "pyproject.toml", "README.rst", "LICENSE"):
+        shutil.copy(HERE / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    wheel: list[str | Path] = [
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+        source,
+    ]
+    subprocess.run([*pip, *wheel], check=True)
+    (built,) = tmp_path.glob("*.whl")
+    assert built.name == f"dsmtpd-{dsmtpd.__version__}-py3-none-any.whl"
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--target", site, built], check=True
+    )
+    program = next((site / "bin").glob("dsmtpd*"))
+    completed = subprocess.run(
+        [program, "--version"],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+    )
+    assert completed.stdout == f"dsmtpd {dsmtpd.__version__}\n"
+    metadata = (site / f"dsmtpd-{dsmtpd.__version__}.dist-info" / "METADATA").read_text("utf-8")
+    assert "Requires-Dist" not in metadata
+    assert (dsmtpd.__doc__ or "").splitlines()[0] in metadata
+
+
+# --- The documents ------------------------------------------------------------------------
+
+README = (HERE / "README.rst").read_text("utf-8")
+
+
+def examples(language: str) -> list[str]:
+    """The code blocks of the README in one language."""
+    blocks = re.findall(rf"^\.\. code-block:: {language}\n\n((?:    .*\n|\n)+)", README, re.M)
+    return [re.sub("^    ", "", block, flags=re.M) for block in blocks]
+
+
+def example(language: str, text: str) -> str:
+    """The one code block with this text in it."""
+    (block,) = [block for block in examples(language) if text in block]
+    return block
+
+
+def test_first_screen_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "\n    python3 dsmtpd.py -p 1025 -d mail\n" in README
+    monkeypatch.chdir(tmp_path)
+    with process("-d", "mail", cwd=tmp_path) as server:
+        exec(example("python", "import smtplib").replace("1025", str(server.port)), {})
+        _, text = server.stop()
+    said = re.findall(r"^    [\d-]+ [\d:,]+ (.*)", README, re.M)
+    assert [re.sub(r"127.0.0.1:\d+", "", line[24:]) for line in text.splitlines()[:-1]] == [
+        re.sub(r"127.0.0.1:\d+", "", line).replace("/home/you", str(tmp_path)) for line in said
+    ]
+    exec(example("python", 'mailbox.Maildir("mail")'), {})
+    assert capsys.readouterr().out == "user@test.com Welcome Email\n"
+
+
+def test_server_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(example("python", "serve_forever"), names)
+
+    async def scenario() -> None:
+        main = asyncio.create_task(names["main"]())
+        while not (said := capsys.readouterr().out):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        host, port = said.split()
+        peer = Peer(*await asyncio.open_connection(host, int(port)))
+        await peer.reply()
+        assert (
+            await peer.send_mail("Subject: =?utf-8?q?caf=C3=A9?=") == "250 2.0.0 Message accepted"
+        )
+        await peer.ask("MAIL FROM:<a@b>")
+        await peer.ask("RCPT TO:<nobody@example.com>")
+        await peer.ask("DATA")
+        assert await peer.ask(".") == "550 5.1.1 No such user"
+        await peer.close()
+        main.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await main
+
+    run(scenario)
+    assert capsys.readouterr().out == "a@b caf\u00e9 None\n"
+
+
+def test_options_of_the_readme() -> None:
+    """The README has the options of --help and no other."""
+    shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", command("-h").stdout))
+    section = README.partition("Options\n-------\n")[2].partition("\n\nAnybody")[0]
+    listed = re.findall(r"^-.*?(?:  |$)", section, re.M)
+    assert set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", " ".join(listed))) == shown
