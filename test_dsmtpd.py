@@ -778,8 +778,8 @@ def test_reply_stays_in_its_line() -> None:
 
 WORDS = [line.split()[0].encode() for line in MATRIX.strip().splitlines()[1:]] + [
     b" ", b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r", b".", b"\x00", b"\xff", b"\xc3\xa9",
-    b"\r\n.\r\n", b" FROM:<a@b>", b" TO:<c@d>", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n",
-    b"DATA\r\n", b'<"', b" SIZE=1", b" SMTPUTF8", b"x" * 13_000,
+    b"\r\n.\r\n", b" FROM:<a@b>", b" TO:<c@d>", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n",
+    b"RCPT TO:<c@d>\r\n", b"DATA\r\n", b'<"', b" SIZE=1", b" SMTPUTF8", b"x" * 13_000,
 ]  # fmt: skip
 REPLIES = re.compile(rb"(?:(?:[2-5]\d\d-[ -~]*\r\n)*[2-5]\d\d [ -~]*\r\n)*")
 
