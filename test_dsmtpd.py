@@ -263,7 +263,7 @@ def matrix() -> Iterator[tuple[str, str, str]]:
             yield state, command, code
 
 
-@pytest.mark.parametrize(("state", "command", "code"), matrix())
+@pytest.mark.parametrize(("state", "command", "code"), list(matrix()))
 def test_command_in_state(state: str, command: str, code: str) -> None:
     client = Client()
     client.codes(*STATES[state])
