@@ -8,7 +8,8 @@ It is for developers at their desk and for CI: what an application sends to it i
 accepted, stored in a Maildir, and never reaches anybody.
 
 It follows RFC 5321 (SMTP), RFC 1870 (SIZE), RFC 6152 (8BITMIME), RFC 6531 (SMTPUTF8),
-RFC 2920 (PIPELINING), RFC 2034 and RFC 3463 (ENHANCEDSTATUSCODES) and RFC 3461 (DSN).
+RFC 2920 (PIPELINING), RFC 2034 and RFC 3463 (ENHANCEDSTATUSCODES), RFC 3461 (DSN),
+RFC 3030 (CHUNKING, BINARYMIME), RFC 3207 (STARTTLS), RFC 4954 and RFC 4616 (AUTH PLAIN).
 Where those leave a choice it does what Postfix does.
 """
 
@@ -34,14 +35,17 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import format_datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import ssl
 
 __version__ = "2.0.0"
 __all__ = ["Config", "Envelope", "Reply", "SMTPError", "Server"]
@@ -95,6 +99,14 @@ class Config:
     """Octets of the largest message that is accepted (RFC 1870); 0 for no limit."""
     smtputf8: bool = True
     """Whether the SMTPUTF8 extension (RFC 6531) is on offer."""
+    tls: str | None = None
+    """ "starttls" (RFC 3207), "implicit" (RFC 8314), or None for no TLS."""
+    cert: str | os.PathLike[str] | None = None
+    """PEM file of the certificate; None makes a throw-away one for localhost."""
+    key: str | os.PathLike[str] | None = None
+    """PEM file of its key; None where the certificate's file has it as well."""
+    auth: dict[str, str] = field(default_factory=dict, repr=False)
+    """{user: password} of those who may log in, and must; empty lets everybody do both."""
 
     def __post_init__(self) -> None:
         if not self.interface.strip():
@@ -105,6 +117,12 @@ class Config:
             raise ValueError(
                 f"max-size: must be a number of bytes, or 0 for no limit, not {self.max_size}"
             )
+        if self.tls not in (None, "starttls", "implicit"):
+            raise ValueError(f"tls: must be starttls or implicit, not {self.tls}")
+        if self.cert and not self.tls:
+            raise ValueError("cert: has no use without --tls starttls or --tls implicit")
+        if self.key and not self.cert:
+            raise ValueError("key: has no use without --cert")
 
 
 # --- Replies --------------------------------------------------------------------------
@@ -203,7 +221,7 @@ _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
 # Parameter keyword -> what may follow it.
 MAIL_PARAMETERS = {
     "SIZE": "=[0-9]{1,20}",  # RFC 1870 section 6.1
-    "BODY": "=(?:7BIT|8BITMIME)",  # RFC 6152
+    "BODY": "=(?:7BIT|8BITMIME|BINARYMIME)",  # RFC 6152, RFC 3030 section 3
     "SMTPUTF8": "",  # RFC 6531 section 3.4
     "AUTH": f"={_XTEXT}",  # RFC 4954 section 5; "<>" is xtext as well
     "RET": "=(?:FULL|HDRS)",  # RFC 3461 section 4.3
@@ -216,18 +234,29 @@ RCPT_PARAMETERS = {
 }
 
 
-def extensions(config: Config) -> list[str]:
-    """The keyword lines of the EHLO reply (RFC 5321 section 4.1.1.1)."""
-    smtputf8 = ["SMTPUTF8"] if config.smtputf8 else []
-    return [
+# bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2)
+_CHUNK = re.compile("(?P<size>[0-9]{1,20})(?P<last> +LAST)?", re.IGNORECASE | re.ASCII)
+
+
+def extensions(config: Config, *, tls: bool, user: str | None) -> list[str]:
+    """The keyword lines of the EHLO reply (RFC 5321 section 4.1.1.1).
+
+    tls is whether the session is in TLS, and user who has logged in.
+    """
+    lines = [
         f"SIZE {config.max_size}",
         "8BITMIME",
-        *smtputf8,
+        "SMTPUTF8" if config.smtputf8 else "",
         "PIPELINING",
         "ENHANCEDSTATUSCODES",
+        "CHUNKING",
+        "BINARYMIME",
         "DSN",
         "HELP",
+        "STARTTLS" if config.tls == "starttls" and not tls else "",
+        "AUTH PLAIN LOGIN" if user is None else "",
     ]
+    return [line for line in lines if line]
 
 
 def parse_parameters(text: str, known: dict[str, str]) -> dict[str, str]:
@@ -361,6 +390,8 @@ class Transaction:
     rcpt_tos: list[str] = field(default_factory=list)
     rcpt_options: list[dict[str, str]] = field(default_factory=list)
     content: bytearray = field(default_factory=bytearray)
+    chunks: int = 0
+    """How often BDAT has added to the content."""
     refusal: SMTPError | None = None
     """Why the content is read but not kept."""
 
@@ -380,8 +411,32 @@ class Deliver:
     envelope: Envelope
 
 
-Action = Reply | Deliver
+@dataclass(frozen=True)
+class StartTLS:
+    """Action: begin TLS, and throw away what has arrived in plain text (RFC 3207)."""
+
+
+Action = Reply | Deliver | StartTLS
 Reader = Callable[[], Action | None]
+# A SASL mechanism: yields prompts, is sent the answers, returns the user and the password.
+Dialogue = Generator[str, bytes, tuple[bytes, bytes]]
+
+
+def _plain() -> Dialogue:
+    """RFC 4616: message = [authzid] NUL authcid NUL passwd"""
+    answer = yield ""
+    _, user, password = answer.split(b"\0")
+    return user, password
+
+
+def _login() -> Dialogue:
+    """The prompts are those of Microsoft's LOGIN, which no RFC describes."""
+    user = yield "Username:"
+    password = yield "Password:"
+    return user, password
+
+
+MECHANISMS = {"PLAIN": _plain, "LOGIN": _login}
 
 
 class Session:
@@ -394,14 +449,17 @@ class Session:
     def __init__(self, config: Config, peer: str = "", quota: Quota | None = None) -> None:
         self.config = config
         self.peer = peer
+        self.tls = config.tls == "implicit"
         self.helo: str | None = None
         self.extended = False
+        self.user: str | None = None
         self.transaction: Transaction | None = None
         self._quota = Quota(float("inf")) if quota is None else quota
         self._held = 0
         self._buffer = bytearray()
         self._searched = 0
         self._line_end = b"\r\n"
+        self._left = 0  # octets of the chunk that BDAT announced
         self._errors = 0
         self._now = datetime.min
         # Who takes the next octets off the buffer. A reader takes one unit and returns its
@@ -468,7 +526,7 @@ class Session:
         self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
         text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" ")
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s C: %s", self.peer, printable(text))
+            log.debug("%s C: %s", self.peer, _masked(text))
         name, _, argument = text.partition(" ")
         verb = name.upper() if name.isascii() else ""
         if verb in _COMMANDS:
@@ -492,6 +550,7 @@ class Session:
         del self._buffer[:end]
         self._searched = 0
         if end > MAX_COMMAND:
+            self._read = self._read_command
             raise SMTPError(500, "5.5.2", "Line too long")
         return line
 
@@ -503,36 +562,63 @@ class Session:
             self._read = self._read_command
             raise SMTPError(500, "5.5.2", "Line too long")
 
-    def _read_content(self) -> Action | None:
+    def _read_content(self, transaction: Transaction) -> Action | None:
         """RFC 5321 section 4.5.2: up to the line with one dot, and without dot-stuffing.
 
         The end of the DATA line is still in front, so that every line of the content, the
         first one too, begins behind a line end. Only the line end of the DATA line counts
         as one: no other mixture of CR, LF and dots ends a message (SMTP smuggling).
         """
-        assert self.transaction is not None
         eol, buffer = self._line_end, self._buffer
         end = buffer.find(eol + b"." + eol)
         if end >= 0:
-            self._keep(self.transaction, end + len(eol))
-            del buffer[: 1 + len(eol)]
+            self._keep_lines(transaction, end + len(eol))
+            del buffer[: 1 + len(eol)], transaction.content[: len(eol)]
             self._read = self._read_command
-            return self._end_of_content(self.transaction)
+            return self._end_of_content(transaction)
         # The last octets may be the beginning of what was searched for.
         rest = buffer.find(eol[:1], max(0, len(buffer) - 2 * len(eol)))
-        self._keep(self.transaction, len(buffer) if rest < 0 else rest)
+        self._keep_lines(transaction, len(buffer) if rest < 0 else rest)
         return None
 
-    def _keep(self, transaction: Transaction, count: int) -> None:
-        """Move octets of content from the buffer to the transaction, if they are wanted."""
-        eol, content = self._line_end, transaction.content
-        if transaction.refusal is None:
-            content += self._buffer[:count].replace(eol + b".", eol)
-            transaction.refusal = self._too_much(len(content) - len(eol))
-        if transaction.refusal is not None:
-            content.clear()
+    def _keep_lines(self, transaction: Transaction, count: int) -> None:
+        octets = self._buffer[:count].replace(self._line_end + b".", self._line_end)
         del self._buffer[:count]
-        self._hold(len(content))
+        self._keep(transaction, octets, len(self._line_end))
+
+    def _read_chunk(self, transaction: Transaction, last: bool) -> Action | None:
+        """RFC 3030 section 2: as many octets as BDAT said, whatever they are."""
+        octets = self._buffer[: self._left]
+        del self._buffer[: self._left]
+        self._left -= len(octets)
+        self._keep(transaction, octets)
+        if transaction.refusal is not None:
+            # The message is lost, and what is left of the chunk is not read as commands.
+            self.transaction = None
+            self._read = self._skip_chunk
+            raise transaction.refusal
+        if self._left:
+            return None
+        self._read = self._read_command
+        return self._end_of_content(transaction) if last else OK
+
+    def _skip_chunk(self) -> Action | None:
+        skipped = min(self._left, len(self._buffer))
+        del self._buffer[:skipped]
+        self._left -= skipped
+        if self._left:
+            return None
+        self._read = self._read_command
+        return self._read()
+
+    def _keep(self, transaction: Transaction, octets: bytearray, extra: int = 0) -> None:
+        """Add to the content, of which extra octets do not count, unless it is refused."""
+        if transaction.refusal is None:
+            transaction.content += octets
+            transaction.refusal = self._too_much(len(transaction.content) - extra)
+        if transaction.refusal is not None:
+            transaction.content.clear()
+        self._hold(len(transaction.content))
 
     def _too_much(self, size: int) -> SMTPError | None:
         if 0 < self.config.max_size < size:
@@ -545,20 +631,18 @@ class Session:
         self.transaction = None
         if transaction.refusal is not None:
             raise transaction.refusal
-        del transaction.content[: len(self._line_end)]
         content = bytes(transaction.content)
         # A large message is in memory once, not twice, while it is stored.
         transaction.content = bytearray()
         if not self.config.smtputf8:
             _check_ascii(content, transaction.mail_options)
-        assert self.helo is not None
         return Deliver(
             Envelope(
                 peer=self.peer,
-                helo=self.helo,
+                helo=self.helo or "",
                 protocol=self._protocol(transaction),
-                tls=False,
-                user=None,
+                tls=self.tls,
+                user=self.user,
                 mail_from=transaction.mail_from,
                 mail_options=transaction.mail_options,
                 rcpt_tos=transaction.rcpt_tos,
@@ -570,7 +654,50 @@ class Session:
 
     def _protocol(self, transaction: Transaction) -> str:
         """RFC 3848 and RFC 6531 section 4.3: the word after WITH in Received."""
-        return ("UTF8" if "SMTPUTF8" in transaction.mail_options else "E" * self.extended) + "SMTP"
+        utf8 = "SMTPUTF8" in transaction.mail_options
+        name = "UTF8SMTP" if utf8 else "ESMTP" if self.extended else "SMTP"
+        return name + "S" * self.tls + "A" * (self.user is not None)
+
+    def _upgrade(self) -> StartTLS:
+        """RFC 3207 section 4.2: the session starts again, and knows nothing."""
+        self._buffer.clear()
+        self.tls = True
+        self.helo = self.user = self.transaction = None
+        self._read = self._read_command
+        return StartTLS()
+
+    def _read_answer(self, dialogue: Dialogue) -> Reply | None:
+        """RFC 4954 section 4: a line of base64, or "*" to cancel."""
+        line = self._take_line()
+        if line is None:
+            return None
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s C: ***", self.peer)
+        self._read = self._read_command
+        if line.strip() == b"*":
+            raise SMTPError(501, "5.7.0", "Authentication cancelled")
+        return self._answer(dialogue, line.strip())
+
+    def _answer(self, dialogue: Dialogue, answer: bytes) -> Reply:
+        try:
+            prompt = dialogue.send(base64.b64decode(answer, validate=True))
+        except StopIteration as end:
+            return self._log_in(*end.value)
+        except ValueError as error:
+            raise SMTPError(501, "5.5.2", "Cannot decode this answer") from error
+        return self._ask(dialogue, prompt)
+
+    def _ask(self, dialogue: Dialogue, prompt: str) -> Reply:
+        self._read = partial(self._read_answer, dialogue)
+        return Reply(334, "", base64.b64encode(prompt.encode()).decode())
+
+    def _log_in(self, user: bytes, password: bytes) -> Reply:
+        accounts = {name.encode(): word.encode() for name, word in self.config.auth.items()}
+        # RFC 4616 section 2: there is no empty user.
+        if not user or (accounts and accounts.get(user) != password):
+            raise SMTPError(535, "5.7.8", "Authentication failed")
+        self.user = user.decode("utf-8", "replace")
+        return Reply(235, "2.7.0", "Authentication successful")
 
     # Commands
 
@@ -583,7 +710,7 @@ class Session:
         return HOSTNAME
 
     def _ehlo(self, argument: str) -> Reply:
-        lines = [self._hello(argument), *extensions(self.config)]
+        lines = [self._hello(argument), *extensions(self.config, tls=self.tls, user=self.user)]
         self.extended = True
         return Reply(250, "", "\n".join(lines))
 
@@ -595,6 +722,8 @@ class Session:
     def _mail(self, argument: str) -> Reply:
         if self.helo is None:
             raise SMTPError(503, "5.5.1", "Send EHLO first")
+        if self.config.auth and self.user is None:
+            raise SMTPError(530, "5.7.0", "Authentication required")
         if self.transaction is not None:
             raise SMTPError(503, "5.5.1", "A message has begun already")
         path, options = self._path(_FROM.fullmatch(argument), MAIL_PARAMETERS)
@@ -609,8 +738,8 @@ class Session:
         return Reply(250, "2.1.0", "Sender OK")
 
     def _rcpt(self, argument: str) -> Reply:
-        if self.transaction is None:
-            raise SMTPError(503, "5.5.1", "Send MAIL first")
+        if self.transaction is None or self.transaction.chunks:
+            raise SMTPError(503, "5.5.1", "Send MAIL first, and BDAT last")
         if len(self.transaction.rcpt_tos) >= MAX_RECIPIENTS:
             # RFC 5321 section 4.5.3.1.10
             raise SMTPError(452, "4.5.3", "Too many recipients")
@@ -634,11 +763,34 @@ class Session:
 
     def _data(self, argument: str) -> Reply:
         _no_argument(argument)
+        transaction = self._addressed()
+        if transaction.chunks or transaction.mail_options.get("BODY", "").upper() == "BINARYMIME":
+            # RFC 3030 sections 2 and 3
+            raise SMTPError(503, "5.5.1", "Go on with BDAT")
+        self._buffer[:0] = self._line_end
+        self._read = partial(self._read_content, transaction)
+        return Reply(354, "", "End data with <CR><LF>.<CR><LF>")
+
+    def _bdat(self, argument: str) -> Action | None:
+        match = _CHUNK.fullmatch(argument)
+        if match is None:
+            raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
+        self._left = int(match["size"])
+        # RFC 3030 section 2: the octets of a refused chunk come all the same.
+        self._read = self._skip_chunk
+        transaction = self._addressed()
+        if 0 < self.config.max_size < len(transaction.content) + self._left:
+            self.transaction = None
+            raise SMTPError(552, "5.3.4", "Message is larger than the maximum")
+        transaction.chunks += 1
+        self._read = partial(self._read_chunk, transaction, last=bool(match["last"]))
+        return self._read()
+
+    def _addressed(self) -> Transaction:
+        """The transaction, if there is somebody to deliver to."""
         if self.transaction is None or not self.transaction.rcpt_tos:
             raise SMTPError(503, "5.5.1", "Send MAIL and RCPT first")
-        self._buffer[:0] = self._line_end
-        self._read = self._read_content
-        return Reply(354, "", "End data with <CR><LF>.<CR><LF>")
+        return self.transaction
 
     def _rset(self, argument: str) -> Reply:
         _no_argument(argument)
@@ -658,30 +810,72 @@ class Session:
         # RFC 5321 section 3.5.3: the honest answer of a server that takes every address
         return Reply(252, "2.5.0", "Cannot verify, but will take mail for it")
 
+    def _starttls(self, argument: str) -> Reply:
+        _no_argument(argument)
+        if self.tls:
+            raise SMTPError(503, "5.5.1", "TLS is active already")
+        if self.config.tls is None:
+            raise SMTPError(502, "5.5.1", "TLS is not available")
+        self._read = self._upgrade
+        return Reply(220, "2.0.0", "Ready to start TLS")
+
+    def _auth(self, argument: str) -> Reply:
+        """RFC 4954 section 4; "=" is an initial response of no octets."""
+        if self.helo is None:
+            raise SMTPError(503, "5.5.1", "Send EHLO first")
+        if self.transaction is not None or self.user is not None:
+            raise SMTPError(503, "5.5.1", "Not in a message, and only once")
+        name, _, initial = argument.partition(" ")
+        if not name:
+            raise SMTPError(501, "5.5.4", "Syntax: AUTH mechanism [initial-response]")
+        if name.upper() not in MECHANISMS:
+            raise SMTPError(504, "5.5.4", "Mechanism not supported")
+        dialogue = MECHANISMS[name.upper()]()
+        prompt = next(dialogue)
+        if not initial:
+            return self._ask(dialogue, prompt)
+        answer = "" if initial == "=" else initial.strip()
+        return self._answer(dialogue, answer.encode("utf-8", "replace"))
+
     def _help(self, argument: str) -> Reply:
         return Reply(214, "2.0.0", "Commands:\n" + " ".join(_COMMANDS))
 
 
-_COMMANDS: dict[str, Callable[[Session, str], Action]] = {
+_COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
     "EHLO": Session._ehlo,
     "HELO": Session._helo,
     "MAIL": Session._mail,
     "RCPT": Session._rcpt,
     "DATA": Session._data,
+    "BDAT": Session._bdat,
     "RSET": Session._rset,
     "NOOP": Session._noop,
     "QUIT": Session._quit,
     "VRFY": Session._vrfy,
     "HELP": Session._help,
+    "STARTTLS": Session._starttls,
+    "AUTH": Session._auth,
 }
 # Known verbs that a server of this kind does not serve (RFC 5321 section 4.2.4).
-_NOT_SERVED = frozenset(
-    ["EXPN", "TURN", "ETRN", "ATRN", "SEND", "SOML", "SAML", "STARTTLS", "AUTH", "BDAT"]
-)
+_NOT_SERVED = frozenset(["EXPN", "TURN", "ETRN", "ATRN", "SEND", "SOML", "SAML"])
 # First words of HTTP: somebody uses a browser to make it talk to us.
 _HTTP = frozenset(
     ["GET", "POST", "PUT", "HEAD", "OPTIONS", "CONNECT", "DELETE", "PATCH", "PRI", "HOST:"]
 )
+
+
+# What may be a secret: what follows AUTH and a mechanism, and a line that could be the
+# answer to a prompt, from a client that did not wait for the reply to AUTH.
+_SECRET = re.compile(
+    r"(?P<auth>[^a-z]*AUTH[^a-z]+[a-z][^ ]* +).+"
+    r"|(?=.{8})(?:[a-z0-9+/]{4})*[a-z0-9+/]{2}[a-z0-9+/=]{2}",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+def _masked(line: str) -> str:
+    match = _SECRET.fullmatch(line)
+    return printable((match["auth"] or "") + "***" if match else line)
 
 
 def _no_argument(argument: str) -> None:
@@ -783,10 +977,13 @@ class MaildirStore(mailbox.Maildir):
         seconds, rest = divmod(time.time_ns(), 1_000_000_000)
         key = f"{seconds}.M{rest // 1000:06}P{os.getpid()}R{secrets.token_hex(8)}.{HOSTNAME}"
         tmp, new = self.directory / "tmp" / key, self.directory / "new" / key
+        content = envelope.content
+        if envelope.mail_options.get("BODY", "").upper() != "BINARYMIME":
+            content = content.replace(b"\r\n", b"\n")
         try:
             with tmp.open("xb") as file:
                 file.write(trace_header(envelope, key))
-                file.write(envelope.content.replace(b"\r\n", b"\n"))
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             tmp.rename(new)
@@ -817,7 +1014,8 @@ class Server:
     """An SMTP server in the running event loop; `async with` starts and closes it.
 
     config, or its fields as options, says how; the first positional argument and options
-    together change that config. deliver(envelope), a plain function, which runs in a
+    together change that config. Raises ValueError for a certificate that cannot be used.
+    deliver(envelope), a plain function, which runs in a
     thread of its own, or an async one, takes each message: returning means 250, an
     SMTPError is the reply, and any other exception is 451. Without it messages go into the
     Maildir of the config; then this raises what MaildirStore raises.
@@ -838,6 +1036,7 @@ class Server:
         """The port, known once the server has started."""
         self.addresses: list[str] = []
         """All of them, as "127.0.0.1:1025"."""
+        self._tls = _tls_context(self.config) if self.config.tls else None
         self._deliver = deliver or MaildirStore(self.config.directory).deliver
         self._listeners: list[asyncio.Server] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
@@ -894,7 +1093,8 @@ class Server:
             writer.write(bytes(Reply(421, "4.3.2", "Too many connections")))
             writer.close()
             return
-        connection = Connection(self, peer, reader, writer)
+        session = Session(self.config, peer, self._quota)
+        connection = Connection(self, session, reader, writer)
         task = asyncio.current_task()
         assert task is not None
         self._connections[task] = connection
@@ -903,9 +1103,21 @@ class Server:
         finally:
             del self._connections[task]
 
-    def session(self, peer: str) -> Session:
-        """A session with a client of this server."""
-        return Session(self.config, peer, self._quota)
+    async def start_tls(
+        self, transport: asyncio.WriteTransport
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Begin TLS on a connection; returns the new streams. Raises OSError if that fails."""
+        # Not StreamWriter.start_tls: Python 3.10 lacks it, and the old reader would keep the
+        # plain text that came after STARTTLS.
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=CHUNK)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        assert self._tls is not None
+        secure = await loop.start_tls(transport, protocol, self._tls, server_side=True)
+        if secure is None or secure.is_closing():
+            raise ConnectionResetError("the client is gone")
+        protocol.connection_made(secure)
+        return reader, asyncio.StreamWriter(secure, protocol, reader, loop)
 
     async def deliver(self, envelope: Envelope) -> Reply:
         """Hand a message over; returns the reply to the end of its content."""
@@ -938,13 +1150,13 @@ class Connection:
     def __init__(
         self,
         server: Server,
-        peer: str,
+        session: Session,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
         self._server = server
-        self._session = server.session(peer)
-        self._peer = peer
+        self._session = session
+        self._peer = session.peer
         self._reader = reader
         self._writer = writer
         self._unsent = bytearray()
@@ -952,6 +1164,8 @@ class Connection:
     async def run(self) -> None:
         """Talk until one side has enough of it."""
         try:
+            if self._session.tls:
+                await self._start_tls()
             await self._converse()
         except SMTPError as error:  # interrupted
             self._say(error.reply)
@@ -988,6 +1202,10 @@ class Connection:
 
     async def _perform(self, action: Action) -> bool:
         """Carry out one action; returns whether the session goes on."""
+        if isinstance(action, StartTLS):
+            await self._flush()
+            await self._start_tls()
+            return True
         if isinstance(action, Deliver):
             await self._flush()
             action = await self._server.deliver(action.envelope)
@@ -995,6 +1213,14 @@ class Connection:
         if action.closes or len(self._unsent) >= CHUNK:
             await self._flush()
         return not action.closes
+
+    async def _start_tls(self) -> None:
+        try:
+            streams = await self._server.start_tls(self._writer.transport)
+        except OSError as error:
+            log.warning("%s: the TLS handshake failed: %s", self._peer, error)
+            raise
+        self._reader, self._writer = streams
 
     def _say(self, reply: Reply) -> None:
         octets = bytes(reply)
@@ -1018,6 +1244,60 @@ class Connection:
             return await waiting
         finally:
             timer.cancel()
+
+
+def _tls_context(config: Config) -> ssl.SSLContext:
+    """Raises ValueError, with a text that says what is wrong with the certificate."""
+    if config.cert is None:
+        return _throw_away_context()
+    return _load_certificate(config.cert, config.key)
+
+
+def _load_certificate(
+    cert: str | os.PathLike[str], key: str | os.PathLike[str] | None
+) -> ssl.SSLContext:
+    import ssl
+
+    def password() -> str:
+        raise ValueError("the key is encrypted; give one without a passphrase")
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    names = f"certificate {os.fspath(cert)}" + (f" with key {os.fspath(key)}" if key else "")
+    try:
+        for path in (cert, key or cert):
+            Path(path).read_bytes()  # load_cert_chain does not say which one it cannot read
+        context.load_cert_chain(cert, key, password)
+    except ssl.SSLError as error:
+        reason = error.reason or "is it in PEM format?"
+        raise ValueError(f"cannot use {names}: {reason.replace('_', ' ').lower()}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot use {names}: {error}") from error
+    return context
+
+
+# What makes a certificate for this machine, with any OpenSSL or LibreSSL of this decade.
+_OPENSSL = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30"
+    " -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1"
+    " -keyout key.pem -out cert.pem"
+)
+
+
+def _throw_away_context() -> ssl.SSLContext:
+    """A certificate that nobody trusts, for clients that do not ask."""
+    import subprocess
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            subprocess.run(_OPENSSL.split(), cwd=directory, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(
+                f"cannot make a certificate ({error}); make one where there is OpenSSL, with"
+                f" '{_OPENSSL}', and give it with --cert cert.pem --key key.pem"
+            ) from error
+        return _load_certificate(Path(directory, "cert.pem"), Path(directory, "key.pem"))
 
 
 def _address(name: Any) -> str:
@@ -1086,16 +1366,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-s", "--max-size", metavar="BYTES", type=int, default=Config.max_size, help=text)
     text = "refuse addresses and header fields outside ASCII"
     add("--disable-smtputf8", dest="smtputf8", action="store_false", help=text)
+    text = "TLS, after the STARTTLS command or from the first octet"
+    add("--tls", choices=["starttls", "implicit"], help=text)
+    text = "certificate for --tls (a throw-away one for localhost, made by openssl)"
+    add("--cert", metavar="PEM", help=text)
+    add("--key", metavar="PEM", help="key of the certificate (in the file of the certificate)")
+    text = "only these may log in, and must; repeatable (everybody may, nobody must)"
+    add("--auth", metavar="USER:PASSWORD", type=_account, action="append", default=[], help=text)
     add("-v", "--verbose", action="store_true", help="log every session, as C: and S: lines")
     add("-q", "--quiet", action="store_true", help="log warnings and errors only")
     add("--version", action="version", version=f"dsmtpd {__version__}")
     arguments = parser.parse_args(argv)
+    arguments.auth = dict(arguments.auth)
     options = vars(arguments)
     try:
         arguments.config = Config(**{name: options[name] for name in _CONFIG_FIELDS})
     except ValueError as error:
         parser.error(f"argument --{error}")
     return arguments
+
+
+def _account(text: str) -> tuple[str, str]:
+    user, colon, password = text.partition(":")
+    if not user or not colon:
+        raise argparse.ArgumentTypeError("must be USER:PASSWORD")
+    return user, password
 
 
 _CONFIG_FIELDS = [item.name for item in fields(Config)]
@@ -1111,18 +1406,18 @@ def main(argv: list[str] | None = None) -> NoReturn:
     log.setLevel(
         logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO
     )
-    try:
-        store = MaildirStore(arguments.config.directory)
-    except (OSError, mailbox.Error) as error:
-        log.error("Cannot store mail: %s", error)
-        sys.exit(2)
-    sys.exit(asyncio.run(_serve(arguments.config, store)))
+    sys.exit(asyncio.run(_serve(arguments.config)))
 
 
-async def _serve(config: Config, store: MaildirStore) -> int:
+async def _serve(config: Config) -> int:
     """Run the server until a signal comes; returns the exit status."""
     stop = asyncio.Event()
-    server = Server(config, deliver=store.deliver)
+    try:
+        store = MaildirStore(config.directory)
+        server = Server(config, deliver=store.deliver)
+    except (OSError, ValueError, mailbox.Error) as error:
+        log.error("Cannot start: %s", error)
+        return 2
     try:
         await server.start()
     except (OSError, ValueError) as error:  # ValueError: a name that cannot be one

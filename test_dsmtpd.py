@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import email.header
@@ -52,7 +53,7 @@ class Client:
             if isinstance(action, dsmtpd.Deliver):
                 self.envelopes.append(action.envelope)
                 action = Reply(250, "2.0.0", "Message accepted")
-            replies += bytes(action)
+            replies += b"<TLS>\r\n" if isinstance(action, dsmtpd.StartTLS) else bytes(action)
         return replies
 
     def codes(self, *lines: str) -> str:
@@ -80,8 +81,11 @@ S: 250-8BITMIME
 S: 250-SMTPUTF8
 S: 250-PIPELINING
 S: 250-ENHANCEDSTATUSCODES
+S: 250-CHUNKING
+S: 250-BINARYMIME
 S: 250-DSN
-S: 250 HELP
+S: 250-HELP
+S: 250 AUTH PLAIN LOGIN
 """
 
 DIALOGUES = {
@@ -160,7 +164,93 @@ S: 221 2.0.0 Bye
 S: 220 HOST ESMTP dsmtpd VERSION
 C: HELP
 S: 214-2.0.0 Commands:
-S: 214 2.0.0 EHLO HELO MAIL RCPT DATA RSET NOOP QUIT VRFY HELP
+S: 214 2.0.0 EHLO HELO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY HELP STARTTLS AUTH
+""",
+    "AUTH": r"""
+S: 220 HOST ESMTP dsmtpd VERSION
+C: EHLO app
+S: 250-HOST
+S: 250-SIZE 33554432
+S: 250-8BITMIME
+S: 250-SMTPUTF8
+S: 250-PIPELINING
+S: 250-ENHANCEDSTATUSCODES
+S: 250-CHUNKING
+S: 250-BINARYMIME
+S: 250-DSN
+S: 250-HELP
+S: 250 AUTH PLAIN LOGIN
+C: AUTH login
+S: 334 VXNlcm5hbWU6
+C: dXNlcg==
+S: 334 UGFzc3dvcmQ6
+C: *
+S: 501 5.7.0 Authentication cancelled
+C: auth plain
+S: 334\x20
+C: AHVzZXIAc2VjcmV0
+S: 235 2.7.0 Authentication successful
+C: AUTH PLAIN AHVzZXIAc2VjcmV0
+S: 503 5.5.1 Not in a message, and only once
+C: EHLO app
+S: 250-HOST
+S: 250-SIZE 33554432
+S: 250-8BITMIME
+S: 250-SMTPUTF8
+S: 250-PIPELINING
+S: 250-ENHANCEDSTATUSCODES
+S: 250-CHUNKING
+S: 250-BINARYMIME
+S: 250-DSN
+S: 250 HELP
+C: MAIL FROM:<a@x>
+S: 250 2.1.0 Sender OK
+""",
+    "BDAT": r"""
+S: 220 HOST ESMTP dsmtpd VERSION
+C: HELO app
+S: 250 HOST
+C: BDAT 4
+S: 503 5.5.1 Send MAIL and RCPT first
+C: ab
+C: MAIL FROM:<a@x>
+S: 250 2.1.0 Sender OK
+C: BDAT 6 LAST
+S: 503 5.5.1 Send MAIL and RCPT first
+C: QUIT
+C: RCPT TO:<b@y>
+S: 250 2.1.5 Recipient OK
+C: bdat 6
+C: .\r\n.
+S: 250 2.0.0 OK
+C: RCPT TO:<c@y>
+S: 503 5.5.1 Send MAIL first, and BDAT last
+C: DATA
+S: 503 5.5.1 Go on with BDAT
+C: BDAT 0
+S: 250 2.0.0 OK
+C: NOOP
+S: 250 2.0.0 OK
+C: BDAT 3 last
+C: a
+S: 250 2.0.0 Message accepted
+C: MAIL FROM:<a@x>
+S: 250 2.1.0 Sender OK
+C: RCPT TO:<b@y>
+S: 250 2.1.5 Recipient OK
+C: BDAT 5
+C: abc
+S: 250 2.0.0 OK
+C: RSET
+S: 250 2.0.0 OK
+C: MAIL FROM:<a@x>
+S: 250 2.1.0 Sender OK
+C: RCPT TO:<b@y>
+S: 250 2.1.5 Recipient OK
+C: BDAT 99999999999
+S: 552 5.3.4 Message is larger than the maximum
+C: QUIT
+C: .
 """,
     "a browser": r"""
 S: 220 HOST ESMTP dsmtpd VERSION
@@ -178,7 +268,12 @@ def units(dialogue: str) -> Iterator[tuple[bytes, bytes]]:
     replies = b""
     for line in dialogue.strip().splitlines():
         if line.startswith("S:"):
-            text = line[3:].replace("HOST", dsmtpd.HOSTNAME).replace("VERSION", dsmtpd.__version__)
+            text = (
+                line[3:]
+                .replace("HOST", dsmtpd.HOSTNAME)
+                .replace(r"\x20", " ")
+                .replace("VERSION", dsmtpd.__version__)
+            )
             replies += text.encode() + b"\r\n"
         elif line:
             yield sent, replies
@@ -226,8 +321,14 @@ VRFY        501    501   501   501   501
 EXPN x      502    502   502   502   502
 HELP        214    214   214   214   214
 STARTTLS    502    502   502   502   502
-AUTH PLAIN  502    502   502   502   502
-BDAT 1      502    502   502   502   502
+AUTH        503    501   501   503   503
+AUTH X      503    504   504   503   503
+AUTH PLAIN  503    334   334   503   503
+AUTH LOGIN  503    334   334   503   503
+BDAT        501    501   501   501   501
+BDAT 1      503    503   503   503   -
+BDAT 0      503    503   503   503   250
+BDAT x LAST 501    501   501   501   501
 TURN        502    502   502   502   502
 ETRN x      502    502   502   502   502
 ATRN        502    502   502   502   502
@@ -647,6 +748,164 @@ def test_subject(content: bytes) -> None:
     assert client.envelopes[0].subject == SUBJECTS[content]
 
 
+# --- AUTH, STARTTLS, CHUNKING -----------------------------------------------------------------
+
+
+def b64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+# What the client sends after EHLO, and the last code; with "user" and "secret" as account.
+LOGINS = [
+    (["AUTH PLAIN " + b64("\0user\0secret")], "235", "235"),
+    (["AUTH PLAIN", b64("\0user\0secret")], "235", "235"),
+    (["auth plain", b64("\0other\0secret")], "235", "535"),
+    (["AUTH PLAIN " + b64("other\0user\0secret")], "235", "235"),
+    (["AUTH PLAIN " + b64("\0user\0wrong")], "235", "535"),
+    (["AUTH PLAIN " + b64("\0user\0")], "235", "535"),
+    (["AUTH PLAIN " + b64("\0\0secret")], "535", "535"),
+    (["AUTH PLAIN " + b64("user\0secret")], "501", "501"),
+    (["AUTH PLAIN " + b64("\0user\0secret\0")], "501", "501"),
+    (["AUTH PLAIN ="], "501", "501"),
+    (["AUTH PLAIN", ""], "501", "501"),
+    (["AUTH PLAIN !!!!"], "501", "501"),
+    (["AUTH PLAIN AHVzZXI"], "501", "501"),
+    (["AUTH PLAIN é"], "501", "501"),
+    (["AUTH PLAIN", "*"], "501", "501"),
+    (["AUTH LOGIN", b64("user"), b64("secret")], "235", "235"),
+    (["AUTH LoGiN " + b64("user"), b64("secret")], "235", "235"),
+    (["AUTH LOGIN " + b64("user"), b64("wrong")], "235", "535"),
+    (["AUTH LOGIN =", b64("secret")], "535", "535"),
+    (["AUTH LOGIN", "", ""], "535", "535"),
+    (["AUTH LOGIN", "*"], "501", "501"),
+    (["AUTH LOGIN", b64("user"), "*"], "501", "501"),
+    (["AUTH LOGIN", b64("user"), "x"], "501", "501"),
+    (["AUTH LOGIN", "QUIT"], "334", "334"),
+    (["AUTH LOGIN", "x" * 13_000], "500", "500"),
+    (["AUTH LOGIN", "x" * 130_000, "NOOP"], "250", "250"),
+    (["AUTH LOGIN", b64("x" * 9000), b64("y" * 9000)], "235", "535"),
+    (["AUTH CRAM-MD5"], "504", "504"),
+    (["AUTH ="], "504", "504"),
+    (["AUTH"], "501", "501"),
+]
+
+
+@pytest.mark.parametrize(("lines", "anybody", "account"), LOGINS)
+def test_auth(lines: list[str], anybody: str, account: str) -> None:
+    for auth, code in (({}, anybody), ({"user": "secret"}, account)):
+        client = Client(auth=auth)
+        assert client.codes("EHLO x", *lines).split()[-1] == code
+        if code != "334":
+            reply = "250" if code == "235" or not auth else "530"
+            assert client.codes("MAIL FROM:<a@b>") == reply
+
+
+def test_user_is_recorded() -> None:
+    client = Client()
+    client.codes("EHLO x", "AUTH PLAIN " + b64("\0jürgen\0secret"))
+    client.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", ".")
+    assert client.envelopes[0].user == "jürgen"
+    assert client.envelopes[0].protocol == "ESMTPA"
+
+
+def test_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "dsmtpd")
+    client = Client(auth={"user": "sesame"})
+    secrets = [b64("\0user\0sesame"), b64("user"), b64("sesame"), b64("\0user\0sesame!")]
+    client.codes("EHLO x", "NOOP visible", "XYZZY", "MAIL FROM:<a@b>")
+    client.codes("AUTH LOGIN", secrets[1], secrets[3], f"AUTH CRAM-MD5 {secrets[0]}", secrets[0])
+    client.codes(f" auth  plain {secrets[0]}", f"AUTH\tLOGIN {secrets[1]}", secrets[2])
+    client.codes("AUTH PLAIN " + secrets[0])
+    assert client.session.user == "user"
+    assert not [word for word in [*secrets, "sesame"] if word in caplog.text]
+    assert "sesame" not in repr(client.session.config)
+    for word in ("C: NOOP visible", "C: XYZZY", "C: ***", "C: AUTH PLAIN ***", "S: " * 0):
+        assert word in caplog.text
+
+
+def test_starttls_starts_again() -> None:
+    client = Client(tls="starttls", auth={"user": "secret"})
+    assert client.send(b"STARTTLS\r\nEHLO evil\r\nMAIL FROM:<a@b>\r\n") == (
+        b"220 2.0.0 Ready to start TLS\r\n<TLS>\r\n"
+    )
+    assert client.codes("AUTH PLAIN " + b64("\0user\0secret")) == "503"
+    replies = client.send(b"EHLO x\r\n")
+    assert b"STARTTLS" not in replies
+    assert b"AUTH" in replies
+    assert client.codes("STARTTLS", "STARTTLS x") == "503 501"
+    client.codes(
+        "AUTH PLAIN " + b64("\0user\0secret"), "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "."
+    )
+    assert client.envelopes[0].protocol == "ESMTPSA"
+    assert client.envelopes[0].tls
+
+
+def test_starttls_forgets_what_was_before() -> None:
+    client = ready(tls="starttls")
+    assert b"250-STARTTLS\r\n" in client.send(b"EHLO x\r\n")
+    client.codes("AUTH PLAIN " + b64("\0user\0secret"), "MAIL FROM:<a@b>", "RCPT TO:<c@d>")
+    assert client.codes("STARTTLS now", "DATA", ".") == "501 354 250"
+    client.send(b"STARTTLS\r\n")
+    assert client.codes("MAIL FROM:<a@b>", "HELO x", "DATA", "MAIL FROM:<a@b>") == "503 250 503 250"
+    assert client.session.user is None
+
+
+def test_implicit_tls_is_tls_from_the_start() -> None:
+    client = ready(tls="implicit")
+    assert client.codes("STARTTLS", "DATA", ".") == "503 354 250"
+    assert client.envelopes[0].protocol == "ESMTPS"
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_chunks_arrive_to_the_octet(size: int) -> None:
+    binary = bytes(range(256)) + b"\r\n.\r\n..\r\n\n.\n"
+    client = Client()
+    client.codes("EHLO x", "MAIL FROM:<a@b> BODY=BINARYMIME", "RCPT TO:<c@d>")
+    assert client.codes("DATA") == "503"
+    octets = b"BDAT %d\r\n%bBDAT 0\r\nBDAT 1\r\n.NOOP\r\nBDAT 3 LAST\r\nabcQUIT\r\n"
+    octets %= (len(binary), binary)
+    replies = b"".join(client.send(octets[at : at + size]) for at in range(0, len(octets), size))
+    assert [line[:3] for line in replies.splitlines()] == [b"250"] * 5 + [b"221"]
+    assert client.envelopes[0].content == binary + b".abc"
+    assert client.envelopes[0].mail_options == {"BODY": "BINARYMIME"}
+
+
+def test_chunks_count_together() -> None:
+    client = ready(max_size=10)
+    assert client.send(b"BDAT 6\r\n123456BDAT 5\r\nQUIT\nBDAT 4 LAST\r\nNOOPNOOP\r\n") == (
+        b"250 2.0.0 OK\r\n"
+        b"552 5.3.4 Message is larger than the maximum\r\n"
+        b"503 5.5.1 Send MAIL and RCPT first\r\n"
+        b"250 2.0.0 OK\r\n"
+    )
+    client = ready(max_size=10)
+    assert client.send(b"BDAT 6\r\n123456BDAT 4 LAST\r\n7890").endswith(b"Message accepted\r\n")
+
+
+def test_chunks_and_the_quota() -> None:
+    client = ready()
+    client.session._quota = quota = dsmtpd.Quota(100)
+    assert client.send(b"BDAT 99\r\n" + b"x" * 99) == b"250 2.0.0 OK\r\n"
+    assert client.send(b"BDAT 9 LAST\r\n123") == b"452 4.3.1 Too much mail at the same time\r\n"
+    assert client.send(b"456789NOOP\r\n") == b"250 2.0.0 OK\r\n"
+    assert quota.held == 0
+
+
+@pytest.mark.parametrize("argument", ["", "-1", "x", "1 2", "1LAST", "1 LAST x", "9" * 21])
+def test_bdat_syntax(argument: str) -> None:
+    client = ready()
+    assert client.codes(f"BDAT {argument}", "NOOP") == "501 250"
+
+
+def test_binary_content_is_stored_as_it_came(tmp_path: Path) -> None:
+    store = dsmtpd.MaildirStore(tmp_path)
+    binary = b"Content-Transfer-Encoding: binary\r\n\r\n\x00\r\n\xff"
+    for body, content in (("BINARYMIME", binary), ("8BITMIME", binary.replace(b"\r\n", b"\n"))):
+        path = store.deliver(envelope(mail_options={"BODY": body}, content=binary)).path
+        assert path is not None
+        assert path.read_bytes().endswith(b" +0000\n" + content)
+
+
 # --- Limits -------------------------------------------------------------------------------
 
 
@@ -779,26 +1038,35 @@ def test_reply_stays_in_its_line() -> None:
 WORDS = [line.split()[0].encode() for line in MATRIX.strip().splitlines()[1:]] + [
     b" ", b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r", b".", b"\x00", b"\xff", b"\xc3\xa9",
     b"\r\n.\r\n", b" FROM:<a@b>", b" TO:<c@d>", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n",
-    b"RCPT TO:<c@d>\r\n", b"DATA\r\n", b'<"', b" SIZE=1", b" SMTPUTF8", b"x" * 13_000,
+    b"BDAT 9\r\n", b"BDAT 3 LAST\r\n", b"BDAT 99999999999\r\n", b"AUTH LOGIN\r\n", b"dXNlcg==\r\n",
+    b"STARTTLS\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n", b'<"', b" SIZE=1", b" SMTPUTF8",
+    b"x" * 13_000,
 ]  # fmt: skip
 REPLIES = re.compile(rb"(?:(?:[2-5]\d\d-[ -~]*\r\n)*[2-5]\d\d [ -~]*\r\n)*")
 
 
-@pytest.mark.parametrize("seed", range(50))
+# A longer run: DSMTPD_FUZZ=10000 python -m pytest -k noise
+@pytest.mark.parametrize("seed", range(int(os.environ.get("DSMTPD_FUZZ", "100"))))
 def test_noise(seed: int) -> None:
-    """Whatever comes gets well-formed replies, and the same ones however it is cut."""
+    """Whatever comes gets well-formed replies, and the same ones however it is cut.
+
+    But for STARTTLS, which throws away what came together with it.
+    """
     generator = random.Random(seed)
+    options: dict[str, Any] = {"max_size": 20_000, "tls": generator.choice([None, "implicit"])}
     octets = b"".join(generator.choices(WORDS, k=200))
-    whole, cut = Client(max_size=20_000), Client(max_size=20_000)
+    whole, cut = Client(**options), Client(**options)
     replies = whole.send(octets)
     assert REPLIES.fullmatch(replies)
     pieces = b""
-    while octets:
-        size = generator.randint(1, 400)
-        pieces += cut.send(octets[:size])
-        octets = octets[size:]
+    rest = octets
+    while rest:
+        size = generator.randint(1, generator.choice([2, 400]))
+        pieces += cut.send(rest[:size])
+        rest = rest[size:]
     assert pieces == replies
     assert cut.envelopes == whole.envelopes
+    assert REPLIES.fullmatch(Client(tls="starttls").send(octets).replace(b"<TLS>\r\n", b""))
 
 
 # --- Storage ------------------------------------------------------------------------------
@@ -1353,9 +1621,9 @@ def test_not_a_maildir(tmp_path: Path) -> None:
     for directory, text in [
         (
             tmp_path,
-            f"ERROR: Cannot store mail: {tmp_path} is not a Maildir: it has no cur, new, tmp",
+            f"ERROR: Cannot start: {tmp_path} is not a Maildir: it has no cur, new, tmp",
         ),
-        (tmp_path / "file", f"ERROR: Cannot store mail: {tmp_path / 'file'} is not a directory"),
+        (tmp_path / "file", f"ERROR: Cannot start: {tmp_path / 'file'} is not a directory"),
     ]:
         completed = command("-p", "0", "-d", directory)
         assert completed.returncode == 2
