@@ -1113,9 +1113,14 @@ class Server:
         reader = asyncio.StreamReader(limit=CHUNK)
         protocol = asyncio.StreamReaderProtocol(reader)
         assert self._tls is not None
-        secure = await loop.start_tls(transport, protocol, self._tls, server_side=True)
-        if secure is None or secure.is_closing():
-            raise ConnectionResetError("the client is gone")
+        plain = transport.get_protocol()
+        try:
+            secure = await loop.start_tls(transport, protocol, self._tls, server_side=True)
+            if secure is None or secure.is_closing():
+                raise ConnectionResetError("the client is gone")
+        except OSError as error:
+            plain.connection_lost(error)  # asyncio tells the protocol of TLS only
+            raise
         protocol.connection_made(secure)
         return reader, asyncio.StreamWriter(secure, protocol, reader, loop)
 
@@ -1269,8 +1274,9 @@ def _load_certificate(
             Path(path).read_bytes()  # load_cert_chain does not say which one it cannot read
         context.load_cert_chain(cert, key, password)
     except ssl.SSLError as error:
-        reason = error.reason or "is it in PEM format?"
-        raise ValueError(f"cannot use {names}: {reason.replace('_', ' ').lower()}") from error
+        reason = (error.reason or "PEM").replace("_", " ").lower()
+        reason = "no certificate with its key in PEM format" if "pem" in reason else reason
+        raise ValueError(f"cannot use {names}: {reason}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot use {names}: {error}") from error
     return context
@@ -1406,7 +1412,19 @@ def main(argv: list[str] | None = None) -> NoReturn:
     log.setLevel(
         logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO
     )
+    _allow_open_files(3 * MAX_CONNECTIONS)
     sys.exit(asyncio.run(_serve(arguments.config)))
+
+
+def _allow_open_files(count: int) -> None:
+    """Sockets and messages at the same time: 1024 on Linux, and 256 on macOS, are too few."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY:
+            count = min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
 
 
 async def _serve(config: Config) -> int:

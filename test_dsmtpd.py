@@ -14,6 +14,7 @@ import shutil
 import signal
 import smtplib
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -1444,6 +1445,223 @@ def test_clients_that_reset(caplog: pytest.LogCaptureFixture) -> None:
     assert not [record for record in caplog.records if record.levelname != "INFO"]
 
 
+# --- TLS, on sockets ------------------------------------------------------------------------
+
+OPENSSL = pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with cert.pem, key.pem, both.pem, other.pem, locked.pem and text.pem."""
+    folder = tmp_path_factory.mktemp("pem")
+    for _ in range(2):
+        if (folder / "key.pem").exists():
+            (folder / "key.pem").rename(folder / "other.pem")
+        subprocess.run(dsmtpd._OPENSSL.split(), cwd=folder, check=True, capture_output=True)
+    lock = "openssl ec -aes128 -passout pass:secret -in key.pem -out locked.pem"
+    subprocess.run(lock.split(), cwd=folder, check=True, capture_output=True)
+    both = (folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes()
+    (folder / "both.pem").write_bytes(both)
+    (folder / "text.pem").write_text("no certificate")
+    return folder
+
+
+def trusting(pem: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(pem / "cert.pem"))
+
+
+@OPENSSL
+def test_smtplib_with_starttls_and_a_login(pem: Path, tmp_path: Path) -> None:
+    options: list[str | Path] = [
+        "--tls",
+        "starttls",
+        "--cert",
+        pem / "cert.pem",
+        "--key",
+        pem / "key.pem",
+    ]
+    options += ["--auth", "user:sesame:open", "-v", "-d", tmp_path / "mail"]
+    with process(*options, cwd=tmp_path) as server:
+        with smtplib.SMTP("localhost", server.port) as client:
+            with pytest.raises(smtplib.SMTPSenderRefused, match="Authentication required"):
+                client.sendmail("a@b", ["c@d"], "Subject: Hi")
+            client.starttls(context=trusting(pem))
+            with pytest.raises(smtplib.SMTPAuthenticationError):
+                client.login("user", "wrong")
+            client.login("user", "sesame:open")
+            client.sendmail("a@b", ["c@d"], "Subject: Hi")
+        status, text = server.stop()
+    assert status == 0
+    assert "sesame" not in text
+    assert "DEBUG" in text
+    (message,) = mailbox.Maildir(tmp_path / "mail")
+    assert " with ESMTPSA id " in message["Received"]
+
+
+@OPENSSL
+def test_smtplib_with_implicit_tls(pem: Path, tmp_path: Path) -> None:
+    options: list[str | Path] = [
+        "--tls",
+        "implicit",
+        "--cert",
+        pem / "both.pem",
+        "-d",
+        tmp_path / "mail",
+    ]
+    with process(*options, cwd=tmp_path) as server:
+        with smtplib.SMTP_SSL("localhost", server.port, context=trusting(pem)) as client:
+            client.sendmail("a@b", ["c@d"], b"x" * 3_000_000)
+        assert server.stop()[0] == 0
+    (path,) = (tmp_path / "mail" / "new").iterdir()
+    assert path.read_bytes().endswith(b"x" * 3_000_000 + b"\n")
+
+
+@OPENSSL
+def test_throw_away_certificate(tmp_path: Path) -> None:
+    with process("--tls", "starttls", "-d", tmp_path / "mail", cwd=tmp_path) as server:
+        with smtplib.SMTP("localhost", server.port) as client:
+            client.starttls(context=ssl._create_unverified_context())
+            client.sendmail("a@b", ["c@d"], "Subject: Hi")
+        assert server.stop()[0] == 0
+
+
+@OPENSSL
+@pytest.mark.parametrize(
+    ("cert", "key", "text"),
+    [
+        ("missing.pem", None, "No such file"),
+        ("cert.pem", "missing.pem", "No such file"),
+        ("cert.pem", "other.pem", "key values mismatch"),
+        ("cert.pem", "locked.pem", "the key is encrypted; give one without a passphrase"),
+        ("text.pem", None, "PEM"),
+        ("cert.pem", None, "PEM"),
+        ("cert.pem", "text.pem", "PEM"),
+    ],
+)
+def test_certificate_that_cannot_be_used(cert: str, key: str | None, text: str, pem: Path) -> None:
+    with pytest.raises(ValueError, match=text) as caught:
+        Server(tls="starttls", cert=pem / cert, key=key and pem / key, deliver=print)
+    assert str(pem / cert) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_certificate_errors_of_the_command(tmp_path: Path) -> None:
+    mail: list[str | Path] = ["-p", "0", "-d", tmp_path / "mail"]
+    completed = command("--tls", "implicit", "--cert", tmp_path / "missing.pem", *mail)
+    assert completed.returncode == 2
+    assert len(completed.stderr.splitlines()) == 1
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    completed = command("--tls", "starttls", *mail, env=environment)
+    assert completed.returncode == 2
+    assert len(completed.stderr.splitlines()) == 1
+    assert "'openssl req -x509 " in completed.stderr
+
+
+@OPENSSL
+def test_tls_clients_that_misbehave(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each costs one line of the log at most, and no traceback; the server goes on."""
+    envelopes: list[Envelope] = []
+
+    async def connect(server: Server, **options: Any) -> Peer:
+        return Peer(*await asyncio.open_connection(server.host, server.port, **options))
+
+    async def scenario() -> None:
+        options: dict[str, Any] = {"cert": pem / "both.pem", "port": 0}
+        context = trusting(pem)
+        async with Server(tls="implicit", deliver=envelopes.append, **options) as server:
+            peer = await connect(server)
+            await peer.ask("EHLO plain text on the TLS port")
+            await peer.close()
+            peer = await connect(server)
+            peer.writer.write(b"\x16\x03\x01\x02\x00" + bytes(512))
+            await peer.reply()
+            await peer.close()
+            for text in (b"", b"\x16\x03\x01"):  # gone during the handshake
+                peer = await connect(server)
+                peer.writer.write(text)
+                await peer.writer.drain()
+                peer.writer.transport.abort()
+            for command in ("NOOP", "MAIL FROM:<a@b>"):  # gone without close_notify
+                peer = await connect(server, ssl=context, server_hostname="localhost")
+                await peer.reply()
+                await peer.ask(command)
+                peer.writer.transport.abort()
+            peer = await connect(server, ssl=context, server_hostname="localhost")
+            await peer.reply()
+            assert (await peer.send_mail()).startswith("250")
+            await peer.close()
+        async with Server(tls="starttls", deliver=envelopes.append, **options) as server:
+            peer = await connect(server)
+            await peer.reply()
+            await peer.ask("STARTTLS")
+            peer.writer.write(b"no handshake at all\r\n")
+            await peer.reply()
+            await peer.close()
+            peer = await connect(server)
+            await peer.reply()
+            await peer.ask("STARTTLS")
+            await peer.close()
+
+    run(scenario)
+    assert len(envelopes) == 1
+    assert envelopes[0].protocol == "ESMTPS"
+    records = [record for record in caplog.records if record.levelname != "INFO"]
+    assert {record.name for record in records} == {"dsmtpd"}
+    assert all("the TLS handshake failed" in record.getMessage() for record in records)
+    assert not [record for record in records if record.exc_info]
+    assert 3 <= len(records) <= 6
+
+
+@OPENSSL
+def test_plain_text_behind_starttls_is_never_executed(pem: Path) -> None:
+    async def scenario() -> None:
+        async with Server(tls="starttls", cert=pem / "both.pem", port=0, deliver=print) as server:
+            peer = await Peer.connect(server)
+            await peer.reply()
+            assert await peer.ask("STARTTLS\r\nEHLO evil\r\nNOOP") == "220 2.0.0 Ready to start TLS"
+            loop = asyncio.get_running_loop()
+            reader = asyncio.StreamReader()
+            protocol = asyncio.StreamReaderProtocol(reader)
+            transport = await loop.start_tls(
+                peer.writer.transport, protocol, trusting(pem), server_hostname="localhost"
+            )
+            assert transport is not None
+            protocol.connection_made(transport)
+            secure = Peer(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+            # The first reply is to the first command in TLS, and the EHLO is forgotten.
+            assert (await secure.ask("MAIL FROM:<a@b>")).startswith("503")
+            assert await secure.ask("QUIT") == "221 2.0.0 Bye"
+            await secure.close()
+
+    run(scenario)
+
+
+@POSIX
+def test_a_thousand_idle_connections(tmp_path: Path) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1500:
+        pytest.skip("needs 1500 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1500), hard))
+    try:
+        with (
+            process("-d", tmp_path / "mail", cwd=tmp_path) as server,
+            contextlib.ExitStack() as stack,
+        ):
+            for _ in range(999):
+                client = socket.create_connection(("127.0.0.1", server.port))
+                stack.enter_context(client)
+            with smtplib.SMTP("127.0.0.1", server.port) as last:
+                last.sendmail("a@b", ["c@d"], "Subject: Hi")
+                with pytest.raises(smtplib.SMTPConnectError, match="Too many connections"):
+                    smtplib.SMTP("127.0.0.1", server.port)
+            assert server.stop()[0] == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list((tmp_path / "mail" / "new").iterdir())) == 1
+
+
 # --- The process --------------------------------------------------------------------------
 
 
@@ -1588,7 +1806,9 @@ def test_verbose_and_quiet(tmp_path: Path) -> None:
     assert "INFO" not in completed.stderr
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: str | Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the program to its end."""
     return subprocess.run(
         [sys.executable, "-W", "error", SCRIPT, *arguments],
@@ -1596,6 +1816,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         encoding="utf-8",
         timeout=20,
         check=False,
+        env=env,
     )
 
 
@@ -1608,6 +1829,10 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (["-i", ""], "argument --interface: an address or a host name is needed"),
         (["--direct", "x"], "unrecognized arguments"),
         (["extra"], "unrecognized arguments: extra"),
+        (["--tls", "ssl"], "argument --tls: invalid choice: 'ssl'"),
+        (["--cert", "x"], "argument --cert: has no use without --tls"),
+        (["--tls", "starttls", "--key", "x"], "argument --key: has no use without --cert"),
+        (["--auth", "secret"], "argument --auth: must be USER:PASSWORD\n"),
     ],
 )
 def test_wrong_usage(arguments: list[str], text: str) -> None:
@@ -1725,7 +1950,7 @@ def test_first_screen_of_the_readme(
     assert "\n    python3 dsmtpd.py -p 1025 -d mail\n" in README
     monkeypatch.chdir(tmp_path)
     with process("-d", "mail", cwd=tmp_path) as server:
-        exec(example("python", "import smtplib").replace("1025", str(server.port)), {})
+        exec(example("python", "Welcome Email").replace("1025", str(server.port)), {})
         _, text = server.stop()
     said = re.findall(r"^    [\d-]+ [\d:,]+ (.*)", README, re.M)
     assert [re.sub(r"127.0.0.1:\d+", "", line[24:]) for line in text.splitlines()[:-1]] == [
