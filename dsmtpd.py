@@ -874,7 +874,7 @@ _SECRET = re.compile(
 
 
 def _masked(line: str) -> str:
-    match = _SECRET.fullmatch(line)
+    match = None if line.upper() in _COMMANDS else _SECRET.fullmatch(line)
     return printable((match["auth"] or "") + "***" if match else line)
 
 
@@ -1185,7 +1185,8 @@ class Connection:
 
     def interrupt(self, error: SMTPError) -> None:
         """End the session with this reply, at the next time it waits for the client."""
-        if self._writer.transport.get_write_buffer_size():
+        transport = self._writer.transport
+        if transport.is_closing() or transport.get_write_buffer_size():
             self.abort()  # it does not read what we say
         else:
             self._reader.set_exception(error)
