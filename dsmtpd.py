@@ -23,17 +23,19 @@ import contextlib
 import email
 import email.header
 import email.message
-import email.policy
 import errno
+import importlib
 import inspect
 import logging
 import mailbox
+import operator
 import os
 import re
 import secrets
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -45,10 +47,13 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    import email.policy
     import ssl
 
+    import pytest
+
 __version__ = "2.0.0"
-__all__ = ["Config", "Envelope", "Reply", "SMTPError", "Server"]
+__all__ = ["Config", "Envelope", "Inbox", "Reply", "SMTPError", "Server", "capture"]
 
 log = logging.getLogger("dsmtpd")
 
@@ -356,20 +361,34 @@ class Envelope:
 
     @cached_property
     def email(self) -> email.message.EmailMessage:
-        """The content, parsed."""
-        return email.message_from_bytes(self.content, policy=email.policy.default)
+        """The content, parsed; a field that makes no sense is the text that was sent."""
+        message = email.message_from_bytes(self.content, policy=_lenient_policy())
+        assert isinstance(message, email.message.EmailMessage)
+        return message
 
     @cached_property
     def subject(self) -> str:
         """The decoded Subject, in one line; "" where there is none."""
         match = _SUBJECT.match(self.content, 0, _SUBJECT_WITHIN)
         raw = match["body"].decode("utf-8", "replace") if match else ""
-        text = " ".join(raw.split())
-        if "=?" in text:  # RFC 2047
-            # Anything can stand in an encoded-word, and its decoders raise many errors.
-            with contextlib.suppress(Exception):
-                text = str(email.header.make_header(email.header.decode_header(text)))
+        text = _ENCODED_WORDS.sub(_decode_words, " ".join(raw.split()))
         return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
+@lru_cache
+def _lenient_policy() -> email.policy.EmailPolicy:
+    import email.policy  # takes as long as half of what the server needs to start
+
+    class LenientPolicy(email.policy.EmailPolicy):
+        """The default, but for fields that make its parser raise errors of many kinds."""
+
+        def header_fetch_parse(self, name: str, value: str) -> Any:
+            try:
+                return super().header_fetch_parse(name, value)
+            except Exception:
+                return " ".join(value.encode("utf-8", "replace").decode().split())
+
+    return LenientPolicy()
 
 
 # The first Subject of the header section, with its folded lines. Only the top of the
@@ -379,6 +398,22 @@ _SUBJECT = re.compile(
     re.IGNORECASE,
 )
 _SUBJECT_WITHIN = 65_536
+# RFC 2047 section 2; blanks between two encoded-words do not count.
+_ENCODED_WORD = r"=\?[!->@-~]+\?[bq]\?[!->@-~]*\?="
+_ENCODED_WORDS = re.compile(f"{_ENCODED_WORD}(?: {_ENCODED_WORD})*", re.IGNORECASE)
+
+
+def _decode_words(match: re.Match[str]) -> str:
+    # Anything can stand in an encoded-word, and its decoders raise errors of many kinds.
+    with contextlib.suppress(Exception):
+        return str(email.header.make_header(email.header.decode_header(match[0])))
+    return match[0]
+
+
+def _summary(envelope: Envelope) -> str:
+    """The message in a line of the log."""
+    rcpt_tos = ", ".join(envelope.rcpt_tos)
+    return printable(f"{envelope.mail_from} -> {rcpt_tos} [{envelope.subject}]")
 
 
 @dataclass
@@ -1018,7 +1053,8 @@ class Server:
     deliver(envelope), a plain function, which runs in a
     thread of its own, or an async one, takes each message: returning means 250, an
     SMTPError is the reply, and any other exception is 451. Without it messages go into the
-    Maildir of the config; then this raises what MaildirStore raises.
+    Maildir of the config; then this raises what MaildirStore raises. on_message(envelope) is
+    called in the loop with each message that was taken, before the reply to it.
     """
 
     def __init__(
@@ -1027,6 +1063,7 @@ class Server:
         /,
         *,
         deliver: Callable[[Envelope], object] | None = None,
+        on_message: Callable[[Envelope], object] | None = None,
         **options: Any,
     ) -> None:
         self.config = replace(config or Config(), **options)
@@ -1034,10 +1071,11 @@ class Server:
         """The first address that the server listens at."""
         self.port = self.config.port
         """The port, known once the server has started."""
-        self.addresses: list[str] = []
-        """All of them, as "127.0.0.1:1025"."""
+        self.listening: list[tuple[str, int]] = []
+        """All of them, as (address, port)."""
         self._tls = _tls_context(self.config) if self.config.tls else None
         self._deliver = deliver or MaildirStore(self.config.directory).deliver
+        self._on_message = on_message
         self._listeners: list[asyncio.Server] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._quota = Quota(max(MAX_CONTENT, 2 * self.config.max_size or float("inf")))
@@ -1048,8 +1086,8 @@ class Server:
     async def start(self) -> None:
         """Listen. Raises OSError, or ValueError for a host name that cannot be one."""
         sockets = _listen(self.config.interface, self.config.port)
-        self.host, self.port = sockets[0].getsockname()[:2]
-        self.addresses = [_address(sock.getsockname()) for sock in sockets]
+        self.listening = [sock.getsockname()[:2] for sock in sockets]
+        self.host, self.port = self.listening[0]
         for sock in sockets:
             self._listeners.append(await asyncio.start_server(self._accept, sock=sock, limit=CHUNK))
 
@@ -1057,8 +1095,16 @@ class Server:
         """Wait until the server is closed."""
         await self._closed.wait()
 
+    async def finish(self) -> None:
+        """Let the clients finish what they do, for STOP_TIMEOUT seconds at most."""
+        await self._wait_for_connections(STOP_TIMEOUT)
+
     async def close(self) -> None:
         """Stop listening, tell the clients (421 4.3.2), and finish deliveries in progress."""
+        # A client that has connected becomes one of ours in some turns of the loop, and
+        # asyncio loses those that are on their way when it stops listening.
+        for _ in range(5):
+            await asyncio.sleep(0)
         for listener in self._listeners:
             listener.close()
         for connection in self._connections.values():
@@ -1127,26 +1173,25 @@ class Server:
     async def deliver(self, envelope: Envelope) -> Reply:
         """Hand a message over; returns the reply to the end of its content."""
         try:
-            if inspect.iscoroutinefunction(self._deliver):
-                await self._deliver(envelope)
-            else:
-                loop = asyncio.get_running_loop()
-                result = await loop.run_in_executor(self._threads, self._deliver, envelope)
-                if inspect.isawaitable(result):
-                    await result
+            result = await self._hand_over(envelope)
         except SMTPError as error:
             return error.reply
         except Exception:
             log.exception("%s: the message could not be delivered", envelope.peer)
             return Reply(451, "4.3.0", "Cannot take the message now")
-        log.info(
-            "%s: %s -> %s [%s]",
-            envelope.peer,
-            printable(envelope.mail_from),
-            printable(", ".join(envelope.rcpt_tos)),
-            printable(envelope.subject),
-        )
+        if isinstance(result, Envelope):  # a store says where it is
+            envelope = result
+        if self._on_message is not None:
+            self._on_message(envelope)
+        log.info("%s: %s", envelope.peer, _summary(envelope))
         return Reply(250, "2.0.0", "Message accepted")
+
+    async def _hand_over(self, envelope: Envelope) -> object:
+        if inspect.iscoroutinefunction(self._deliver):
+            return await self._deliver(envelope)
+        loop = asyncio.get_running_loop()
+        result = await loop.run_in_executor(self._threads, self._deliver, envelope)
+        return await result if inspect.isawaitable(result) else result
 
 
 class Connection:
@@ -1351,23 +1396,202 @@ def _bind(found: list[Any]) -> list[socket.socket]:
     return sockets
 
 
+# --- Capture --------------------------------------------------------------------------
+
+
+class Inbox:
+    """The messages that a server of capture() has taken; for use from any thread."""
+
+    def __init__(self) -> None:
+        self.host = ""
+        """The address to send to."""
+        self.port = 0
+        """The port to send to."""
+        self.url = ""
+        """Both, as "smtp://127.0.0.1:1025"; smtps:// where TLS is implicit."""
+        self._messages: list[Envelope] = []
+        self._changed = threading.Condition()
+
+    @property
+    def messages(self) -> list[Envelope]:
+        """What has come, the oldest first."""
+        with self._changed:
+            return list(self._messages)
+
+    def clear(self) -> None:
+        """Forget what has come."""
+        with self._changed:
+            self._messages.clear()
+
+    def add(self, envelope: Envelope) -> None:
+        """Take a message, and tell those who wait for it."""
+        with self._changed:
+            self._messages.append(envelope)
+            self._changed.notify_all()
+
+    def wait(
+        self,
+        *,
+        to: str | None = None,
+        mail_from: str | None = None,
+        subject: str | None = None,
+        timeout: float = 5.0,
+    ) -> Envelope:
+        """The first message that matches, as soon as it is there.
+
+        to is one of the recipients, mail_from the sender, and subject a part of the decoded
+        subject. Raises TimeoutError after timeout seconds; it says what came instead.
+        """
+        (found,) = self.wait_for(1, to=to, mail_from=mail_from, subject=subject, timeout=timeout)
+        return found
+
+    def wait_for(
+        self,
+        count: int,
+        *,
+        to: str | None = None,
+        mail_from: str | None = None,
+        subject: str | None = None,
+        timeout: float = 5.0,
+    ) -> list[Envelope]:
+        """The first count messages that match, as wait() finds them."""
+        wanted = {"to": to, "mail_from": mail_from, "subject": subject}
+
+        def found() -> list[Envelope]:
+            return [envelope for envelope in self._messages if _matches(envelope, **wanted)][:count]
+
+        with self._changed:
+            self._changed.wait_for(lambda: len(found()) >= count, timeout)
+            if len(matching := found()) >= count:
+                return matching
+            criteria = ", ".join(
+                f"{name} {text!r}" for name, text in wanted.items() if text is not None
+            )
+            came = [f"\n  {_summary(envelope)}" for envelope in self._messages] or [" nothing"]
+        raise TimeoutError(
+            f"{len(matching)} of {count} messages{criteria and ' with ' + criteria}"
+            f" within {timeout} seconds; what came:{''.join(came)}"
+        )
+
+
+def _matches(
+    envelope: Envelope, to: str | None, mail_from: str | None, subject: str | None
+) -> bool:
+    return (
+        (to is None or to in envelope.rcpt_tos)
+        and (mail_from is None or mail_from == envelope.mail_from)
+        and (subject is None or subject in envelope.subject)
+    )
+
+
+@contextlib.contextmanager
+def capture(
+    *, handler: Callable[[Envelope], object] | None = None, **options: Any
+) -> Iterator[Inbox]:
+    """A server in a thread of its own, for the length of a with block; gives its Inbox.
+
+    options are the fields of Config, but that the port is a free one, and that messages are
+    stored only where there is a directory. handler is the deliver of Server. Raises what
+    Server and its start raise.
+    """
+    config = replace(Config(port=0), **options)
+    deliver = handler
+    if deliver is None:
+        deliver = _nowhere if config.directory is None else MaildirStore(config.directory).deliver
+    inbox = Inbox()
+    server = Server(config, deliver=deliver, on_message=inbox.add)
+    ready: concurrent.futures.Future[Callable[[], object]] = concurrent.futures.Future()
+
+    async def serve() -> None:
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        async with server:
+            ready.set_result(lambda: loop.call_soon_threadsafe(stop.set))
+            await stop.wait()
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:
+            if ready.done():
+                raise
+            ready.set_exception(error)
+
+    thread = threading.Thread(target=run, name="dsmtpd", daemon=True)
+    thread.start()
+    try:
+        stop = ready.result()
+        inbox.host, inbox.port = server.host, server.port
+        inbox.url = f"smtp{'s' * (config.tls == 'implicit')}://{_address(server.listening[0])}"
+        try:
+            yield inbox
+        finally:
+            stop()
+    finally:
+        thread.join()
+
+
+async def _nowhere(envelope: Envelope) -> None:
+    """The delivery of a server that only counts."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make this module a plug-in of pytest, with the fixture `smtpd`."""
+    import pytest
+
+    class Fixtures:
+        @pytest.fixture
+        def smtpd(self) -> Iterator[Inbox]:
+            """An Inbox of its own for each test, with a server that is ready."""
+            with capture() as inbox:
+                yield inbox
+
+    config.pluginmanager.register(Fixtures(), "dsmtpd fixtures")
+
+
 # --- Command line ---------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is one line; the options are in --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line (sys.argv without one); wrong usage ends the program with status 2."""
-    parser = argparse.ArgumentParser(
+    argv = sys.argv[1:] if argv is None else argv
+    at = argv.index("--") if "--" in argv else len(argv)
+    parser = _Parser(
         prog="dsmtpd",
-        description="An SMTP server that keeps every message in a Maildir and passes none on.",
-        epilog="Exit status: 0 normal end, 2 wrong usage or no Maildir, 3 cannot listen there.",
+        usage="%(prog)s [options] [-- COMMAND [ARG ...]]",
+        description="An SMTP server that keeps every message in a Maildir and passes none on."
+        " With a command it serves while the command runs, and ends with its exit status.",
+        epilog="Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage or no"
+        " Maildir, 3 cannot listen there; or that of the command.",
         allow_abbrev=False,
     )
+    _add_options(parser)
+    arguments = parser.parse_args(argv[:at])
+    arguments.auth = dict(arguments.auth)
+    arguments.command = argv[at + 1 :]
+    if at < len(argv) and not arguments.command:
+        parser.error("a command is needed behind --, as in: dsmtpd -p 0 -- pytest")
+    options = vars(arguments)
+    try:
+        arguments.config = Config(**{name: options[name] for name in _CONFIG_FIELDS})
+    except ValueError as error:
+        parser.error(f"argument --{error}")
+    return arguments
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "port to listen at; 0 takes a free one (%(default)s)"
     add("-p", "--port", type=int, default=Config.port, help=text)
     text = "address to listen at; a name means every address that it has (%(default)s)"
     add("-i", "--interface", metavar="ADDRESS", default=Config.interface, help=text)
-    text = "Maildir to save into (the current directory)"
+    text = "Maildir to save into (the current directory; a temporary one for a command)"
     add("-d", "--directory", metavar="DIR", help=text)
     text = "largest message that is accepted; 0 for no limit (%(default)s)"
     add("-s", "--max-size", metavar="BYTES", type=int, default=Config.max_size, help=text)
@@ -1380,17 +1604,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--key", metavar="PEM", help="key of the certificate (in the file of the certificate)")
     text = "only these may log in, and must; repeatable (everybody may, nobody must)"
     add("--auth", metavar="USER:PASSWORD", type=_account, action="append", default=[], help=text)
+    text = "call this with each message instead of storing it"
+    add("--handler", metavar="MODULE:CALLABLE", help=text)
+    output = parser.add_mutually_exclusive_group()
+    text = "print each message to standard output"
+    output.add_argument("--print", action="store_true", help=text)
+    text = "print a JSON object to standard output for each event, one a line"
+    output.add_argument("--json", action="store_true", help=text)
+    text = "stop after N messages; status 1 if fewer came"
+    add("--expect", metavar="N", type=_positive(int), help=text)
+    text = "stop after this time"
+    add("--timeout", metavar="SECONDS", type=_positive(float), help=text)
     add("-v", "--verbose", action="store_true", help="log every session, as C: and S: lines")
     add("-q", "--quiet", action="store_true", help="log warnings and errors only")
     add("--version", action="version", version=f"dsmtpd {__version__}")
-    arguments = parser.parse_args(argv)
-    arguments.auth = dict(arguments.auth)
-    options = vars(arguments)
-    try:
-        arguments.config = Config(**{name: options[name] for name in _CONFIG_FIELDS})
-    except ValueError as error:
-        parser.error(f"argument --{error}")
-    return arguments
 
 
 def _account(text: str) -> tuple[str, str]:
@@ -1398,6 +1625,16 @@ def _account(text: str) -> tuple[str, str]:
     if not user or not colon:
         raise argparse.ArgumentTypeError("must be USER:PASSWORD")
     return user, password
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 < kind(text) < float("inf"):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be a number above 0, as 1 or 10, not {text}")
+
+    return convert
 
 
 _CONFIG_FIELDS = [item.name for item in fields(Config)]
@@ -1408,13 +1645,23 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
     A zipapp drops what this returns, so it exits by itself.
     """
+    # For a handler that imports dsmtpd while the file runs as a script.
+    sys.modules.setdefault("dsmtpd", sys.modules[__name__])
     arguments = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
     log.setLevel(
         logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO
     )
     _allow_open_files(3 * MAX_CONNECTIONS)
-    sys.exit(asyncio.run(_serve(arguments.config)))
+    config: Config = arguments.config
+    with contextlib.ExitStack() as stack:
+        if arguments.command and config.directory is None and arguments.handler is None:
+            import tempfile
+
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
+            arguments.config = replace(config, directory=temporary)
+        status = asyncio.run(_Program(arguments).run())
+    sys.exit(status)
 
 
 def _allow_open_files(count: int) -> None:
@@ -1428,43 +1675,215 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
 
 
-async def _serve(config: Config) -> int:
-    """Run the server until a signal comes; returns the exit status."""
-    stop = asyncio.Event()
-    try:
-        store = MaildirStore(config.directory)
-        server = Server(config, deliver=store.deliver)
-    except (OSError, ValueError, mailbox.Error) as error:
-        log.error("Cannot start: %s", error)
-        return 2
-    try:
-        await server.start()
-    except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
-        log.error("Cannot listen at %s, port %s: %s", config.interface, config.port, error)
-        return 3
-    _on_signals(stop.set)
-    for address in server.addresses:
-        log.info("Starting dsmtpd %s at %s", __version__, address)
-    log.info("Storing the incoming emails into %s", store.directory)
-    log.info("Found a Maildir storage with %d mails", len(store))
-    await stop.wait()
-    log.info("Cleaning up")
-    await server.close()
-    return 0
+# Seconds between SIGTERM and SIGKILL for a command that runs when the time is over.
+KILL_TIMEOUT = 5.0
 
 
-def _on_signals(stop: Callable[[], object]) -> None:
-    """Call stop in the running loop at Ctrl-C or SIGTERM; the second one ends the process."""
+class _Program:
+    """One run of the program: the server, what it prints, and what ends it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._config: Config = arguments.config
+        self._stop = asyncio.Event()
+        self._came = 0
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def run(self) -> int:
+        """Serve until it is over; returns the exit status."""
+        try:
+            deliver, storing = self._delivery()
+            server = Server(self._config, deliver=deliver, on_message=self._on_message)
+        except (OSError, ValueError, mailbox.Error) as error:
+            log.error("Cannot start: %s", error)
+            return 2
+        try:
+            await server.start()
+        except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
+            where = self._config.interface, self._config.port
+            log.error("Cannot listen at %s, port %s: %s", *where, error)
+            return 3
+        _on_signals(self._on_signal)
+        self._announce(server, storing)
+        run = self._run_command if self._arguments.command else self._wait
+        status = await run(server)
+        log.info("Cleaning up")
+        await server.close()
+        return status or int(self._came < (self._arguments.expect or 0))
+
+    def _delivery(self) -> tuple[Callable[[Envelope], object], list[str]]:
+        """Where the messages go, and the lines of the log about it."""
+        name = self._arguments.handler
+        if name is not None:
+            return _load_handler(name), [f"Handing the incoming emails to {name}"]
+        store = MaildirStore(self._config.directory)
+        return store.deliver, [
+            f"Storing the incoming emails into {store.directory}",
+            f"Found a Maildir storage with {len(store)} mails",
+        ]
+
+    def _announce(self, server: Server, storing: list[str]) -> None:
+        for name in server.listening:
+            log.info("Starting dsmtpd %s at %s", __version__, _address(name))
+        for line in storing:
+            log.info("%s", line)
+        if self._arguments.json:
+            for host, port in server.listening:
+                _print_event("listening", host=host, port=port, version=__version__)
+
+    def _on_message(self, envelope: Envelope) -> None:
+        self._came += 1
+        if self._came == self._arguments.expect and not self._arguments.command:
+            self._stop.set()
+        if self._arguments.json:
+            _print_event("message", **_as_json(envelope))
+        if self._arguments.print:
+            _print(_as_text(envelope))
+
+    def _on_signal(self, number: int) -> None:
+        """The first signal ends what runs, the second one does not ask."""
+        again = self._stop.is_set()
+        self._stop.set()
+        if self._process is not None:
+            _signal_command(self._process, "SIGKILL" if again else signal.Signals(number).name)
+        elif again:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    async def _wait(self, server: Server) -> int:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), self._arguments.timeout)
+        if self._came == self._arguments.expect:
+            await server.finish()  # the client that sent the last one will say QUIT
+        return 0
+
+    async def _run_command(self, server: Server) -> int:
+        """Run the command while the server listens; returns its exit status, as a shell."""
+        command = self._arguments.command
+        environment = {**os.environ, **self._environment(server)}
+        try:
+            # In a session of its own, all its processes can be reached at once.
+            process = await asyncio.create_subprocess_exec(
+                *command, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            log.error("Cannot run %s: %s", command[0], error)
+            return 127
+        if self._stop.is_set():  # by a signal that came meanwhile
+            _signal_command(process, "SIGTERM")
+        self._process = process
+        ended = asyncio.ensure_future(process.wait())
+        for name, seconds in (("SIGTERM", self._arguments.timeout), ("SIGKILL", KILL_TIMEOUT)):
+            if (await asyncio.wait([ended], timeout=seconds))[0]:
+                break
+            log.warning("The time is over: %s for %s", name, command[0])
+            _signal_command(process, name)
+        status = await ended
+        self._process = None
+        _signal_command(process, "SIGKILL")  # what it has left behind
+        return status if status >= 0 else 128 - status
+
+    def _environment(self, server: Server) -> dict[str, str]:
+        """What tells the command where to send, and where to look."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+        found = {"SMTP_HOST": host, "SMTP_PORT": str(server.port)}
+        if self._arguments.handler is None:
+            found["DSMTPD_MAILDIR"] = str(Path(self._config.directory or ".").absolute())
+        return found
+
+
+def _load_handler(name: str) -> Callable[[Envelope], object]:
+    """The callable of --handler. Raises ValueError that says what is wrong with the name."""
+    module_name, _, path = name.partition(":")
+    if not module_name or not path:
+        raise ValueError(f"--handler {name}: must be MODULE:CALLABLE, as in my_file:my_function")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        handler: Callable[[Envelope], object] = operator.attrgetter(path)(
+            importlib.import_module(module_name)
+        )
+    except Exception as error:  # the module is the user's, and may raise anything
+        raise ValueError(f"--handler {name}: {type(error).__name__}: {error}") from error
+    if not callable(handler):
+        raise ValueError(f"--handler {name}: {path} cannot be called; name a function")
+    return handler
+
+
+def _signal_command(process: asyncio.subprocess.Process, name: str) -> None:
+    """Send a signal to all processes of the command; Windows knows only the first one."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if os.name == "posix":
+            os.killpg(process.pid, signal.Signals[name])
+        else:
+            process.kill()
+
+
+def _print_event(event: str, **values: object) -> None:
+    import json
+
+    _print(json.dumps({"event": event, **values}) + "\n")
+
+
+def _as_json(envelope: Envelope) -> dict[str, object]:
+    path = envelope.path and os.fsencode(envelope.path).decode("utf-8", "replace")
+    return {
+        "time": envelope.received.isoformat(),
+        "peer": envelope.peer,
+        "helo": envelope.helo,
+        "tls": envelope.tls,
+        "user": envelope.user,
+        "mail_from": envelope.mail_from,
+        "mail_options": envelope.mail_options,
+        "rcpt_tos": envelope.rcpt_tos,
+        "rcpt_options": envelope.rcpt_options,
+        "subject": envelope.subject,
+        "size": len(envelope.content),
+        "warnings": envelope.warnings,
+        "path": path,
+    }
+
+
+def _as_text(envelope: Envelope) -> str:
+    """The message for the eye; what would move the cursor or colour the screen is escaped."""
+    lines = [
+        f"X-Peer: {envelope.peer}",
+        f"X-MailFrom: {envelope.mail_from}",
+        f"X-RcptTo: {', '.join(envelope.rcpt_tos)}",
+        *envelope.content.decode("utf-8", "backslashreplace").replace("\r\n", "\n").split("\n"),
+    ]
+    text = "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
+    return (
+        "---------- MESSAGE FOLLOWS ----------\n"
+        + text.rstrip("\n")
+        + "\n------------ END MESSAGE ------------\n"
+    )
+
+
+def _print(text: str) -> None:
+    """Write to standard output at once; where nobody reads it any more, do without."""
+    encoding = sys.stdout.encoding
+    try:
+        sys.stdout.buffer.write(text.encode(encoding, "backslashreplace"))
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        log.warning("Cannot write to standard output: %s", error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _on_signals(act: Callable[[int], object]) -> None:
+    """Call act in the running loop, with the number, at Ctrl-C and at SIGTERM."""
     # loop.add_signal_handler would do, but for Windows.
     loop = asyncio.get_running_loop()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        loop.call_soon_threadsafe(stop)
+        loop.call_soon_threadsafe(act, number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-        if name in signal.Signals.__members__:
-            signal.signal(signal.Signals[name], on_signal)
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
+        # nohup has SIGHUP ignored, and it stays so.
+        number = signal.Signals.__members__.get(name)
+        if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+            continue
+        signal.signal(number, on_signal)
 
 
 if __name__ == "__main__":

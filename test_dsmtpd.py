@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import email.header
 import email.utils
+import json
 import mailbox
 import os
 import random
@@ -732,6 +733,7 @@ SUBJECTS = {
     b"Subject: =?utf-8?q?h=C3=A9?= =?iso-8859-1?q?_=E9?=\r\n": "h\u00e9 \u00e9",
     "Subject: h\u00e9\r\n".encode(): "h\u00e9",
     b"Subject: \xff\r\n": "\ufffd",
+    "Subject: h\u20ac=?utf-8?q?=E2=82=AC?= b\r\n".encode(): "h\u20ac\u20ac b",
     b"Subject: =?nothing?q?a?=\r\n": "=?nothing?q?a?=",
     b"Subject: =?utf-8?b?a?=\r\n": "=?utf-8?b?a?=",
     b"Subject: =?utf-7?q?+2AA-?=\r\n": "?",
@@ -1282,7 +1284,7 @@ def test_ipv6_and_names_with_several_addresses() -> None:
 
     async def scenario() -> None:
         async with Server(interface="::1", port=0, deliver=envelopes.append) as server:
-            assert server.addresses == [f"[::1]:{server.port}"]
+            assert server.listening == [("::1", server.port)]
             peer = await Peer.connect(server)
             await peer.reply()
             assert (await peer.send_mail()).startswith("250")
@@ -1669,13 +1671,19 @@ class Process:
     """The program in a process of its own, once it listens."""
 
     def __init__(
-        self, *arguments: str | Path, program: tuple[str | Path, ...] = (SCRIPT,), cwd: Path
+        self,
+        *arguments: str | Path,
+        cwd: Path,
+        program: tuple[str | Path, ...] = (SCRIPT,),
+        last: str = "Found a Maildir storage with",
+        stdout: int | None = None,
     ) -> None:
         command: list[str | Path] = [sys.executable, "-W", "error", *program, "-p", "0", *arguments]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self.popen = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             encoding="utf-8",
             cwd=cwd,
@@ -1689,7 +1697,7 @@ class Process:
             self.lines.append(line)
             if found := re.search(r"Starting dsmtpd [\d.]+ at .*:(\d+)$", line):
                 self.port = int(found[1])
-            if "Found a Maildir storage with" in line:
+            if last in line:
                 break
 
     def end(self) -> tuple[int, str]:
@@ -1869,7 +1877,7 @@ def test_cannot_listen(tmp_path: Path) -> None:
 
 def test_version_and_help() -> None:
     assert command("--version").stdout == f"dsmtpd {dsmtpd.__version__}\n"
-    assert "usage: dsmtpd [-h]" in command("-h").stdout
+    assert "usage: dsmtpd [options] [-- COMMAND [ARG ...]]\n" in command("-h").stdout
 
 
 def test_as_a_module_and_a_zipapp(tmp_path: Path) -> None:
@@ -1925,6 +1933,474 @@ def test_the_wheel(tmp_path: Path) -> None:
     metadata = (site / f"dsmtpd-{dsmtpd.__version__}.dist-info" / "METADATA").read_text("utf-8")
     assert "Requires-Dist" not in metadata
     assert (dsmtpd.__doc__ or "").splitlines()[0] in metadata
+
+
+# --- Capture --------------------------------------------------------------------------------
+
+
+def send(inbox: dsmtpd.Inbox, to: str = "c@d", subject: str = "Hi", sender: str = "a@b") -> None:
+    with smtplib.SMTP(inbox.host, inbox.port) as client:
+        client.sendmail(sender, [to], f"Subject: {subject}")
+
+
+def test_capture() -> None:
+    with dsmtpd.capture() as inbox:
+        assert inbox.url == f"smtp://127.0.0.1:{inbox.port}"
+        send(inbox, "one@x", "First")
+        send(inbox, "two@x", "=?utf-8?q?Zw=C3=B6lf?=", sender="z@x")
+        assert [message.subject for message in inbox.messages] == ["First", "Zwölf"]
+        assert inbox.wait().subject == "First"
+        assert inbox.wait(to="two@x").subject == "Zwölf"
+        assert inbox.wait(mail_from="z@x", subject="ölf").rcpt_tos == ["two@x"]
+        assert inbox.wait(subject="First").email["Subject"] == "First"
+        assert inbox.wait_for(2) == inbox.messages
+        assert len(inbox.wait_for(1)) == 1
+        with pytest.raises(TimeoutError) as caught:
+            inbox.wait(to="three@x", timeout=0.01)
+        assert str(caught.value) == (
+            "0 of 1 messages with to 'three@x' within 0.01 seconds; what came:\n"
+            "  a@b -> one@x [First]\n"
+            "  z@x -> two@x [Zwölf]"
+        )
+        inbox.clear()
+        with pytest.raises(TimeoutError, match="what came: nothing"):
+            inbox.wait_for(1, timeout=0)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((inbox.host, inbox.port))
+
+
+def test_capture_waits_for_what_is_not_there_yet() -> None:
+    with dsmtpd.capture() as inbox:
+        sender = threading.Timer(0.05, send, [inbox])
+        sender.start()
+        assert inbox.wait(to="c@d").path is None
+
+        async def scenario() -> None:
+            waiting = asyncio.create_task(asyncio.to_thread(inbox.wait_for, 3))
+            await asyncio.gather(*(asyncio.to_thread(send, inbox) for _ in range(2)))
+            assert len(await waiting) == 3
+
+        run(scenario)
+        sender.join()
+
+
+def test_capture_ends_at_an_exception_and_says_why_it_does_not_begin() -> None:
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), dsmtpd.capture() as inbox:  # noqa: PT012
+        idle = socket.create_connection((inbox.host, inbox.port))
+        raise ZeroDivisionError
+    idle.close()
+    with dsmtpd.capture() as inbox, pytest.raises(OSError, match="in use"):
+        with dsmtpd.capture(port=inbox.port):
+            pass
+    with pytest.raises(ValueError, match="port"), dsmtpd.capture(port=-1):
+        pass
+    with pytest.raises(TypeError, match="unknown"), dsmtpd.capture(unknown=1):
+        pass
+    assert threading.active_count() == before
+
+
+def test_many_captures_at_once(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        inboxes = [stack.enter_context(dsmtpd.capture()) for _ in range(20)]
+        threads = [
+            threading.Thread(target=send, args=(inbox, f"{number}@x"))
+            for number, inbox in enumerate(inboxes)
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for number, inbox in enumerate(inboxes):
+            found = inbox.wait_for(3)
+            assert {message.rcpt_tos[0] for message in found} == {f"{number}@x"}
+        for thread in threads:
+            thread.join()
+
+
+def test_capture_options(tmp_path: Path) -> None:
+    seen: list[Envelope] = []
+    with dsmtpd.capture(directory=tmp_path / "mail", handler=None, max_size=500) as inbox:
+        send(inbox)
+        path = inbox.wait().path
+        assert path is not None
+        assert path.parent == tmp_path / "mail" / "new"
+        with pytest.raises(smtplib.SMTPSenderRefused, match="larger"):
+            send(inbox, subject="x" * 500)
+    with dsmtpd.capture(handler=seen.append) as inbox:
+        send(inbox)
+        assert inbox.messages == seen
+
+
+@OPENSSL
+def test_capture_with_tls(pem: Path) -> None:
+    with dsmtpd.capture(tls="implicit", cert=pem / "both.pem", auth={"u": "p"}) as inbox:
+        assert inbox.url.startswith("smtps://")
+        with smtplib.SMTP_SSL("localhost", inbox.port, context=trusting(pem)) as client:
+            client.login("u", "p")
+            client.sendmail("a@b", ["c@d"], "Subject: Hi")
+        assert inbox.wait().user == "u"
+
+
+MALFORMED = [
+    b"",
+    b"\xff\xfe\x00",
+    b"no header",
+    b": x\n\n",
+    b'From: <<<>>>@@,;:\nTo: "\nDate: yesterday\nMessage-ID: <\nSender: @\n\n',
+    b'Subject: =?utf-8?b?////?= =?x?y?z?=\nContent-Type: =?;;="\nMIME-Version: x.y\n\n',
+    b"Content-Type: multipart/mixed\n\n--\n",
+    b'Content-Type: multipart/mixed; boundary="\xff"\n\n--\xff\n\n--\xff--',
+    b"Content-Type: text/plain; charset=\"\x00\"; charset*0*=x''%\n\n\xff",
+    b"Content-Transfer-Encoding: base64\n\n!",
+    b"Content-Disposition: ; filename*=''\n\n",
+    b"From: \r\n\t\r\n\r\n",
+    b"To: =?utf-7?q?+2AA-?= <a@[>, ;;\n\n",
+]
+
+
+@pytest.mark.parametrize("content", MALFORMED)
+def test_malformed_messages(content: bytes) -> None:
+    message = envelope(content=content)
+    assert isinstance(message.subject, str)
+    for part in message.email.walk():
+        for name, value in part.items():
+            assert isinstance(name + str(value), str)
+        part.get_content_type()
+        part.get_filename()
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_malformed_header_noise(seed: int) -> None:
+    generator = random.Random(seed)
+    names = [
+        "From",
+        "To",
+        "Date",
+        "Message-ID",
+        "Content-Type",
+        "Subject",
+        "MIME-Version",
+        "Sender",
+    ]
+    names += ["Content-Disposition", "Content-Transfer-Encoding", "Received", "References"]
+    atoms = [
+        "<",
+        ">",
+        '"',
+        "@",
+        ";",
+        ":",
+        ",",
+        "=?utf-8?q?",
+        "?=",
+        "\r\n ",
+        "(",
+        ")",
+        "\\",
+        "*0*=",
+        "'",
+    ]
+    atoms += ["=", "[", "]", "\x00", "é", "a", "boundary", "multipart/mixed", "1", "%", " ", "."]
+    lines = [f"{name}: {''.join(generator.choices(atoms, k=9))}\r\n" for name in names]
+    message = envelope(content="".join(lines).encode())
+    message.subject.encode()
+    for name in names:
+        str(message.email[name])
+
+
+PYTEST_FILE = """
+import smtplib
+
+def test_it(smtpd):
+    assert smtpd.messages == []
+    with smtplib.SMTP(smtpd.host, smtpd.port) as client:
+        client.sendmail("a@b", ["c@d"], "Subject: Hi")
+    assert smtpd.wait(to="c@d").email["Subject"] == "Hi"
+
+def test_again(smtpd):
+    assert smtpd.messages == []
+"""
+
+
+def test_pytest_plugin_of_the_copied_file(tmp_path: Path) -> None:
+    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "test_it.py").write_text(PYTEST_FILE)
+    completed = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "dsmtpd", "-W", "error", "-q"],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert "2 passed" in completed.stdout, completed.stdout
+    check = "import sys, dsmtpd; sys.exit('pytest' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
+
+
+# --- The command line in CI -----------------------------------------------------------------
+
+SENDER = """
+import os, smtplib, sys
+with smtplib.SMTP(os.environ["SMTP_HOST"], int(os.environ["SMTP_PORT"])) as client:
+    for number in range(int(sys.argv[1])):
+        client.sendmail("a@b", ["c@d"], f"Subject: {number}")
+print(len(os.listdir(os.environ["DSMTPD_MAILDIR"] + "/new")))
+"""
+SEND = [sys.executable, "-c", SENDER]
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary Maildirs are made; nothing is left there in the end."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.setenv(name, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--", *SEND, "1"], 0),
+        (["--expect", "2", "--", *SEND, "2"], 0),
+        (["--expect", "2", "--", *SEND, "3"], 0),
+        (["--expect", "2", "--", *SEND, "1"], 1),
+        (["--", sys.executable, "-c", "import sys; sys.exit(7)"], 7),
+        (["--expect", "1", "--", sys.executable, "-c", "import sys; sys.exit(7)"], 7),
+        (["--", "no-such-command-here"], 127),
+        (["--timeout", "0.1"], 0),
+        (["--timeout", "0.1", "--expect", "1"], 1),
+    ],
+)
+def test_command(arguments: list[str], status: int, temporary: Path, tmp_path: Path) -> None:
+    mail = [] if "--" in arguments else ["-d", str(tmp_path / "mail")]
+    completed = command("-p", "0", *mail, *arguments)
+    assert completed.returncode == status
+    assert "Traceback" not in completed.stderr
+    assert list(temporary.iterdir()) == []
+    if status == 127:
+        assert completed.stderr.count("no-such-command-here") == 2  # once in the errno text
+    if "--expect" in arguments and "-c" in arguments and status == 0:
+        assert completed.stdout.strip() == arguments[-1]
+
+
+def test_command_with_a_directory(tmp_path: Path) -> None:
+    assert command("-p", "0", "-d", tmp_path / "mail", "--", *SEND, "2").stdout == "2\n"
+    assert len(mailbox.Maildir(tmp_path / "mail")) == 2
+
+
+def test_expect_without_a_command(tmp_path: Path) -> None:
+    with process("--expect", "2", "-d", tmp_path / "mail", cwd=tmp_path) as server:
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            client.sendmail("a@b", ["c@d"], "1")
+            client.sendmail("a@b", ["c@d"], "2")
+        status, _ = server.end()
+    assert status == 0
+    with process("--expect", "2", "-d", tmp_path / "mail", cwd=tmp_path) as server:
+        assert server.stop()[0] == 1
+
+
+# Says that it runs, with its process id, and then waits; in a child as well; or stays when it
+# is told to end.
+WAITER = """
+import os, signal, sys
+if "deaf" in sys.argv:
+    signal.signal(signal.SIGTERM, lambda number, frame: print("deaf", flush=True))
+if "child" in sys.argv:
+    os.fork()
+print(os.getpid(), flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, or ends while we look."""
+    for _ in range(2000):
+        try:
+            os.kill(pid, 0)
+            state = Path(f"/proc/{pid}/stat")
+            if state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        threading.Event().wait(0.01)
+    return False
+
+
+@POSIX
+@pytest.mark.parametrize(
+    ("words", "options", "number", "status"),
+    [
+        ([], [], signal.SIGTERM, 128 + 15),
+        ([], [], signal.SIGINT, 128 + 2),
+        ([], [], signal.SIGHUP, 128 + 1),
+        (["child"], [], signal.SIGTERM, 128 + 15),
+        (["deaf"], [], signal.SIGTERM, 128 + 9),
+        ([], ["--timeout", "0.5"], None, 128 + 15),
+        (["deaf", "child"], ["--timeout", "0.5"], None, 128 + 9),
+    ],
+)
+def test_signals_and_the_command(
+    words: list[str],
+    options: list[str],
+    number: int | None,
+    status: int,
+    temporary: Path,
+    tmp_path: Path,
+) -> None:
+    starter = "import sys, dsmtpd; dsmtpd.KILL_TIMEOUT = 0.2; dsmtpd.main(sys.argv[1:])"
+    program = [sys.executable, "-W", "error", "-c", starter, "-p", "0", *options, "--"]
+    program += [sys.executable, "-c", WAITER, *words]
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=HERE
+    ) as running:
+        assert running.stdout is not None
+        pids = [int(running.stdout.readline()) for _ in range(1 + ("child" in words))]
+        if number is not None:
+            running.send_signal(number)
+            if "deaf" in words:
+                assert running.stdout.readline() == "deaf\n"
+                running.send_signal(number)
+        _, text = running.communicate(timeout=20)
+    assert running.returncode == status
+    assert "Cleaning up" in text
+    assert all(gone(pid) for pid in pids)
+    assert list(temporary.iterdir()) == []
+
+
+@POSIX
+def test_what_a_command_leaves_behind(temporary: Path) -> None:
+    leaver = (
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {WAITER!r}], stdout=subprocess.PIPE)\n"
+        "print(child.stdout.readline().decode())\n"
+    )
+    completed = command("-p", "0", "--", sys.executable, "-c", leaver)
+    assert completed.returncode == 0
+    assert gone(int(completed.stdout))
+    assert list(temporary.iterdir()) == []
+
+
+# --- What it prints -------------------------------------------------------------------------
+
+
+def test_json(tmp_path: Path) -> None:
+    completed = command("-p", "0", "-d", tmp_path / "mail", "--json", "--", *SEND, "1")
+    listening, message, _ = completed.stdout.splitlines()
+    first = json.loads(listening)
+    assert first == {
+        "event": "listening",
+        "host": "127.0.0.1",
+        "port": first["port"],
+        "version": dsmtpd.__version__,
+    }
+    event = json.loads(message)
+    assert datetime.fromisoformat(event.pop("time")).tzinfo is not None
+    assert event.pop("peer").startswith("127.0.0.1:")
+    assert Path(event.pop("path")).parent == tmp_path / "mail" / "new"
+    assert event.pop("helo")
+    assert event == {
+        "event": "message",
+        "tls": False,
+        "user": None,
+        "mail_from": "a@b",
+        "mail_options": {"SIZE": "10"},
+        "rcpt_tos": ["c@d"],
+        "rcpt_options": [{}],
+        "subject": "0",
+        "size": 12,
+        "warnings": [],
+    }
+
+
+def test_json_as_it_comes_and_into_a_closed_pipe(tmp_path: Path) -> None:
+    with process("--json", "-d", tmp_path / "mail", cwd=tmp_path, stdout=subprocess.PIPE) as server:
+        output = server.popen.stdout
+        assert output is not None
+        assert json.loads(output.readline())["port"] == server.port
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            client.sendmail("a@b", ["c@d"], b"Subject: \xff=?utf-7?q?+2AA-?=")
+            assert json.loads(output.readline())["subject"] == "\ufffd?"
+            output.close()
+            for _ in range(3):
+                client.sendmail("a@b", ["c@d"], "Subject: Hi")
+        status, text = server.stop()
+    assert status == 0
+    assert text.count("WARNING: Cannot write to standard output: ") == 1
+    assert len(mailbox.Maildir(tmp_path / "mail")) == 4
+
+
+def test_print(tmp_path: Path) -> None:
+    sender = (
+        SENDER.replace("Subject: {number}", "Subject: \\x1b[31mred\\n\\n\\tTäb\\n")
+        .replace('f"Subject', '"Subject')
+        .replace('\\n")', '\\n".encode())')
+    )
+    completed = command("-p", "0", "--print", "--", sys.executable, "-c", sender, "1")
+    assert re.sub(r"127.0.0.1:\d+", "PEER", completed.stdout) == (
+        "---------- MESSAGE FOLLOWS ----------\n"
+        "X-Peer: PEER\n"
+        "X-MailFrom: a@b\n"
+        "X-RcptTo: c@d\n"
+        "Subject: \\x1b[31mred\n"
+        "\n"
+        "\tTäb\n"
+        "------------ END MESSAGE ------------\n"
+        "1\n"
+    )
+
+
+def test_handler(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import dsmtpd\n"
+        "def refuse(envelope):\n"
+        "    raise dsmtpd.SMTPError(554, '5.6.0', envelope.subject)\n"
+        "class Keep:\n"
+        "    async def take(self, envelope):\n"
+        "        open('taken', 'a').write(envelope.subject)\n"
+        "keep = Keep()\n"
+        "number = 1\n"
+    )
+    for name, code in (("mine:refuse", 554), ("mine:keep.take", 250)):
+        with process("--handler", name, cwd=tmp_path, last="Handing the") as server:
+            with smtplib.SMTP("127.0.0.1", server.port) as client:
+                client.ehlo()
+                client.mail("a@b")
+                client.rcpt("c@d")
+                assert client.data("Subject: Hi")[0] == code
+            status, text = server.stop()
+        assert status == 0
+        assert f"Handing the incoming emails to {name}" in text
+        assert "Maildir" not in text
+    assert (tmp_path / "taken").read_text() == "Hi"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "mine.py",
+        "taken",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--handler", "os"], "--handler os: must be MODULE:CALLABLE"),
+        (["--handler", "no_such:x"], "No module named 'no_such'"),
+        (["--handler", "os:no_such"], "has no attribute 'no_such'"),
+        (["--handler", "os:name"], "--handler os:name: name cannot be called"),
+        (["--expect", "0"], "argument --expect: must be a number above 0, as 1 or 10, not 0"),
+        (["--expect", "1.5"], "argument --expect: must be a number above 0"),
+        (["--timeout", "-1"], "argument --timeout: must be a number above 0"),
+        (["--timeout", "nan"], "argument --timeout: must be a number above 0"),
+        (["--"], "a command is needed behind --"),
+        (["--json", "--print"], "not allowed with"),
+    ],
+)
+def test_wrong_usage_in_ci(arguments: list[str], text: str, tmp_path: Path) -> None:
+    completed = command("-p", "0", *arguments)
+    assert completed.returncode == 2
+    assert text in completed.stderr
+    assert len(completed.stderr.splitlines()) == 1
 
 
 # --- The documents ------------------------------------------------------------------------
