@@ -2022,6 +2022,7 @@ Version 1.2.3 (2026-01-31)
 
 # A git that knows nothing of this machine.
 ALONE = {
+    "LC_ALL": "C",
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_SYSTEM": os.devnull,
     "GIT_AUTHOR_NAME": "me",
@@ -2038,9 +2039,9 @@ class Project:
         self.root = root
         self.module = root / "dsmtpd.py"
         self.changes = root / "CHANGES.rst"
-        self.module.parent.mkdir()
-        self.module.write_text(f'import sys\n\n__version__ = "{version}"\n')
-        self.changes.write_text(CHANGES)
+        root.mkdir()
+        self.module.write_text(f'import sys\n\n__version__ = "{version}"\n', newline="\n")
+        self.changes.write_text(CHANGES, newline="\n")
         (root / "contrib").mkdir()
         shutil.copy(HERE / "contrib" / "bump.py", root / "contrib")
         self.git("init", "--quiet", "--initial-branch=main")
@@ -2052,7 +2053,7 @@ class Project:
         return subprocess.run(
             arguments,
             cwd=self.root,
-            env={**mine, **ALONE, **environment},
+            env={**mine, **ALONE, "GIT_CEILING_DIRECTORIES": str(self.root.parent), **environment},
             capture_output=True,
             encoding="utf-8",
             check=False,
