@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import asyncio
 import base64
 import contextlib
@@ -1695,7 +1696,7 @@ class Process:
         assert self.popen.stderr is not None
         for line in self.popen.stderr:
             self.lines.append(line)
-            if found := re.search(r"Starting dsmtpd [\d.]+ at .*:(\d+)$", line):
+            if found := re.search(r"Starting dsmtpd \S+ at .*:(\d+)$", line):
                 self.port = int(found[1])
             if last in line:
                 break
@@ -2429,8 +2430,9 @@ def test_first_screen_of_the_readme(
         exec(example("python", "Welcome Email").replace("1025", str(server.port)), {})
         _, text = server.stop()
     said = re.findall(r"^    [\d-]+ [\d:,]+ (.*)", README, re.M)
-    assert [re.sub(r"127.0.0.1:\d+", "", line[24:]) for line in text.splitlines()[:-1]] == [
-        re.sub(r"127.0.0.1:\d+", "", line).replace("/home/you", str(tmp_path)) for line in said
+    changing = r"\S+ at 127.0.0.1:\d+|127.0.0.1:\d+"  # the version and the ports
+    assert [re.sub(changing, "", line[24:]) for line in text.splitlines()[:-1]] == [
+        re.sub(changing, "", line).replace("/home/you", str(tmp_path)) for line in said
     ]
     exec(example("python", 'mailbox.Maildir("mail")'), {})
     assert capsys.readouterr().out == "user@test.com Welcome Email\n"
@@ -2469,3 +2471,379 @@ def test_options_of_the_readme() -> None:
     section = README.partition("Options\n-------\n")[2].partition("\n\nAnybody")[0]
     listed = re.findall(r"^-.*?(?:  |$)", section, re.M)
     assert set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", " ".join(listed))) == shown
+
+
+# --- The workshop -------------------------------------------------------------------------
+
+SCRIPTS = pytest.mark.skipif(not (HERE / "contrib" / "bump.py").exists(), reason="needs contrib/")
+GIT = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+CLONE = pytest.mark.skipif(not (HERE / ".github").exists(), reason="needs a clone")
+
+CHANGES = """\
+Changes
+=======
+
+Unreleased
+----------
+
+- ``-x`` is new:
+
+  - twice.
+
+Version 1.2.3 (2026-01-31)
+--------------------------
+
+- ``-w`` is new.
+"""
+
+# A git that knows nothing of this machine.
+ALONE = {
+    "LC_ALL": "C",
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "GIT_CONFIG_SYSTEM": os.devnull,
+    "GIT_AUTHOR_NAME": "me",
+    "GIT_AUTHOR_EMAIL": "me",
+    "GIT_COMMITTER_NAME": "me",
+    "GIT_COMMITTER_EMAIL": "me",
+}
+
+
+class Project:
+    """A repository with a version, its changes, and the scripts."""
+
+    def __init__(self, root: Path, version: str = "1.2.3") -> None:
+        self.root = root
+        self.module = root / "dsmtpd.py"
+        self.changes = root / "CHANGES.rst"
+        root.mkdir()
+        self.module.write_text(f'import sys\n\n__version__ = "{version}"\n', newline="\n")
+        self.changes.write_text(CHANGES, newline="\n")
+        (root / "contrib").mkdir()
+        shutil.copy(HERE / "contrib" / "bump.py", root / "contrib")
+        self.git("init", "--quiet", "--initial-branch=main")
+        self.commit()
+
+    def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a program in it, though the tests run in a hook of git."""
+        mine = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        return subprocess.run(
+            arguments,
+            cwd=self.root,
+            env={**mine, **ALONE, "GIT_CEILING_DIRECTORIES": str(self.root.parent), **environment},
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+
+    def git(self, *arguments: str | Path) -> str:
+        completed = self.run("git", *arguments)
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
+
+    def commit(self) -> None:
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--message", "Work")
+
+    def bump(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "contrib/bump.py", *arguments)
+
+    def files(self) -> dict[str, str]:
+        return {path.name: path.read_text() for path in (self.module, self.changes)}
+
+
+@SCRIPTS
+@GIT
+@pytest.mark.parametrize(
+    ("old", "part", "new"),
+    [
+        ("1.2.3", "patch", "1.2.4"),
+        ("1.2.3", "minor", "1.3.0"),
+        ("1.2.3", "major", "2.0.0"),
+        # Not released yet, since CHANGES does not have it.
+        ("2.0.0", "major", "2.0.0"),
+        ("1.3.0rc1", "minor", "1.3.0"),
+        ("1.2.10", "patch", "1.2.10"),
+    ],
+)
+def test_bump(old: str, part: str, new: str, tmp_path: Path) -> None:
+    project = Project(tmp_path / "project", old)
+    completed = project.bump(part)
+    assert (completed.returncode, completed.stdout, completed.stderr) == (0, f"{new}\n", "")
+    assert project.module.read_text() == f'import sys\n\n__version__ = "{new}"\n'
+    changes = project.changes.read_text()
+    title = re.search(rf"^Version {new} \(\d{{4}}-\d\d-\d\d\)$", changes, re.M)
+    assert title
+    line = "-" * len(title[0])
+    assert changes == CHANGES.replace(
+        "Unreleased\n----------\n", f"Unreleased\n----------\n\n{title[0]}\n{line}\n"
+    )
+    changed = {row[3:] for row in project.git("status", "--porcelain").splitlines()}
+    assert changed == {"CHANGES.rst"} | ({"dsmtpd.py"} if new != old else set())
+    assert project.bump("notes").stdout == "- ``-x`` is new:\n\n  - twice.\n"
+    assert project.bump("check", f"v{new}").stdout == "prerelease=false\n"
+
+
+def empty_unreleased(project: Project) -> None:
+    project.changes.write_text(CHANGES.replace("- ``-x`` is new:\n\n  - twice.\n\n", ""))
+    project.commit()
+
+
+def no_unreleased(project: Project) -> None:
+    project.changes.write_text("Changes\n=======\n\n" + CHANGES[CHANGES.index("Version") :])
+    project.commit()
+
+
+def no_version(project: Project) -> None:
+    project.module.write_text("import sys\n")
+    project.commit()
+
+
+def dirty_tree(project: Project) -> None:
+    project.module.write_text(project.module.read_text() + "# more\n")
+
+
+def forgotten_file(project: Project) -> None:
+    (project.root / "forgotten.py").touch()
+
+
+def no_repository(project: Project) -> None:
+    (project.root / ".git").rename(project.root / "git")
+
+
+@SCRIPTS
+@GIT
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (empty_unreleased, "bump: CHANGES.rst has nothing under Unreleased"),
+        (no_unreleased, "bump: CHANGES.rst has no section Unreleased"),
+        (no_version, "bump: dsmtpd.py has no __version__ with three numbers"),
+        (dirty_tree, "bump: commit or put away these first:\n M dsmtpd.py"),
+        (forgotten_file, "bump: commit or put away these first:\n?? forgotten.py"),
+        (no_repository, "bump: fatal: not a git repository"),
+    ],
+)
+def test_bump_refused(change: Callable[[Project], None], text: str, tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    change(project)
+    before = project.files()
+    completed = project.bump("minor")
+    assert (completed.returncode, completed.stdout) == (1, "")
+    assert completed.stderr.startswith(text)
+    assert project.files() == before
+
+
+@SCRIPTS
+@GIT
+def test_bump_of_a_version_that_is_not_released(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project", "2.0.0")
+    completed = project.bump("patch")
+    assert completed.returncode == 1
+    assert completed.stderr == "bump: 2.0.0 has not been released yet, and is a major version\n"
+
+
+@SCRIPTS
+@GIT
+def test_bump_dry_run(tmp_path: Path) -> None:
+    """Shows what would change, in a dirty tree too, as git apply takes it."""
+    project = Project(tmp_path / "project")
+    before = project.files()
+    (project.root / "notes.txt").touch()
+    completed = project.bump("minor", "--dry-run")
+    assert completed.returncode == 0
+    assert project.files() == before
+    (tmp_path / "diff").write_text(completed.stdout, newline="\n")
+    (project.root / "notes.txt").unlink()
+    project.bump("minor")
+    bumped = project.files()
+    assert bumped != before
+    project.git("checkout", "--quiet", ".")
+    project.git("apply", tmp_path / "diff")
+    assert project.files() == bumped
+
+
+@SCRIPTS
+@GIT
+def test_check_of_a_tag(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project", "1.3.0rc1")
+    assert project.bump("check", "v1.3.0rc1").stdout == "prerelease=true\n"
+    assert project.bump("notes").stdout == "- ``-x`` is new:\n\n  - twice.\n"
+    for tag in ("v1.3.0", "1.3.0rc1", "main"):
+        completed = project.bump("check", tag)
+        assert completed.returncode == 1
+        assert f"the tag {tag} is not v1.3.0rc1" in completed.stderr
+    project.module.write_text('__version__ = "1.3.0"\n')
+    completed = project.bump("check", "v1.3.0")
+    assert completed.returncode == 1
+    assert completed.stderr == "bump: CHANGES.rst has nothing under Version 1.3.0\n"
+
+
+def workflow(name: str) -> str:
+    return (HERE / ".github" / "workflows" / name).read_text("utf-8")
+
+
+@SCRIPTS
+@CLONE
+@GIT
+@POSIX
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_release_is_pushed_whole_or_not_at_all(tmp_path: Path) -> None:
+    """The step of the workflow itself, with a repository to push to."""
+    script = re.search(
+        r"Commit, tag and push both.*?run: \|\n(.*?)\n\n", workflow("release.yml"), re.S
+    )
+    assert script
+    project = Project(tmp_path / "project")
+    project.git("clone", "--quiet", "--bare", ".", tmp_path / "origin")
+    project.git("remote", "add", "origin", tmp_path / "origin")
+
+    def release(version: str) -> int:
+        project.bump("minor")
+        variables = {"VERSION": version, "GITHUB_REF": "refs/heads/main"}
+        return project.run("bash", "-e", "-c", script[1], **variables).returncode
+
+    def origin() -> str:
+        return project.git("ls-remote", "origin", "main", "v*")
+
+    assert release("1.3.0") == 0
+    assert project.git("log", "-1", "--format=%B", "v1.3.0") == (
+        "Version 1.3.0\n\n- ``-x`` is new:\n\n  - twice.\n\n"
+    )
+    assert project.git("status", "--porcelain") == ""
+    assert project.git("rev-parse", "HEAD", "v1.3.0^{commit}").split() == 2 * [
+        project.git("rev-parse", "origin/main").strip()
+    ]
+    # Somebody pushes while the next one is made.
+    project.changes.write_text(project.changes.read_text().replace("---\n", "---\n\n- More.\n", 1))
+    project.commit()
+    project.git("push", "--quiet", "origin", "HEAD:main")
+    project.git("reset", "--quiet", "--soft", "HEAD^")
+    project.git("commit", "--quiet", "--message", "Other work")
+    before = origin()
+    assert release("1.4.0") != 0
+    assert origin() == before
+
+
+@SCRIPTS
+def test_smoke() -> None:
+    """The script that starts what was built."""
+    smoke: list[str | Path] = [sys.executable, HERE / "contrib" / "smoke.py", sys.executable]
+    good = subprocess.run([*smoke, SCRIPT], capture_output=True, encoding="utf-8", check=False)
+    assert (good.returncode, good.stdout) == (
+        0,
+        f"It took a message: dsmtpd {dsmtpd.__version__}\n",
+    )
+    program = ["-c", "raise SystemExit('broken')"]
+    bad = subprocess.run([*smoke, *program], capture_output=True, encoding="utf-8", check=False)
+    assert (bad.returncode, bad.stderr) == (1, "smoke: it does not listen:\nbroken\n\n")
+
+
+@SCRIPTS
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_units() -> None:
+    units = [HERE / "contrib" / "dsmtpd.service", HERE / "contrib" / "dsmtpd.socket"]
+    completed = subprocess.run(
+        ["systemd-analyze", "verify", *units], capture_output=True, encoding="utf-8", check=False
+    )
+    assert completed.returncode == 0
+    assert "dsmtpd" not in completed.stdout + completed.stderr
+
+
+TOX = (HERE / "tox.ini").read_text("utf-8")
+
+
+@CLONE
+def test_hooks_have_the_versions_of_tox() -> None:
+    pins = re.findall(r"\b(?:ruff|mypy)==[\d.]+", TOX)
+    assert len(pins) == 2
+    hooks = (HERE / ".pre-commit-config.yaml").read_text("utf-8")
+    assert set(re.findall(r"\b(?:ruff|mypy)\b[=~<>]+[\d.]+", hooks)) == set(pins)
+
+
+@CLONE
+def test_actions_are_pinned() -> None:
+    """By commit, with the version as a comment; each at one version everywhere."""
+    uses = [
+        line.strip().removeprefix("- ")
+        for path in (HERE / ".github" / "workflows").iterdir()
+        for line in path.read_text("utf-8").splitlines()
+        if re.match(r"\s*(- )?uses:", line)
+    ]
+    remote = {line for line in uses if not line.startswith("uses: ./")}
+    for line in remote:
+        assert re.fullmatch(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*", line)
+    assert len({line.partition("@")[0] for line in remote}) == len(remote)
+
+
+@CLONE
+def test_pythons() -> None:
+    """Those that the package names are those of tox and of the workflow."""
+    project = (HERE / "pyproject.toml").read_text("utf-8")
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    numbers = re.search(r"^env_list = py3\{([\d,]+)\}", TOX, re.M)
+    assert numbers
+    assert [f"3.{number}" for number in numbers[1].split(",")] == named
+    assert f"python: {named}".replace("'", '"') in workflow("tests.yml")
+
+
+def test_environments_of_the_readme() -> None:
+    """The README has the environments of tox.ini and no other."""
+    rows = re.findall(r"^([a-z]\w*)(?: to py\d+)? +[A-Z]", README.partition("\ntox -e ")[2], re.M)
+    sections = re.findall(r"^\[testenv:(.*)\]$", TOX, re.M)
+    environments = [name for section in sections for name in re.findall(r"\w+", section)]
+    assert sorted(rows) == sorted(["py310", *environments])
+
+
+# What came to the standard library after 3.10.
+LATER = {"annotationlib", "compression", "tomllib"}
+
+
+def test_imports() -> None:
+    """The standard library of 3.10; pytest, for its plug-in, in a function only."""
+    tree = ast.parse(SCRIPT.read_text("utf-8"))
+    functions = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    inner = {node for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules = {(node.module or "").partition(".")[0]}
+        else:
+            continue
+        allowed = sys.stdlib_module_names - LATER | ({"pytest"} if node in inner else set())
+        assert modules <= allowed
+
+
+def test_changes() -> None:
+    """Unreleased stands on top, then the versions, newest first, with the present one."""
+    text = (HERE / "CHANGES.rst").read_text("utf-8")
+    titles = re.findall(r"^(\S.*)\n-{4,}$", text, re.M)
+    assert titles[0] == "Unreleased"
+    versions = [
+        re.fullmatch(r"Version (\d+\.\d+\.\d+) \(\d{4}-\d\d-\d\d\)", title) for title in titles[1:]
+    ]
+    numbers = [[int(number) for number in version[1].split(".")] for version in versions if version]
+    assert len(numbers) == len(versions)
+    assert numbers == sorted(numbers, reverse=True)
+    present = [int(number) for number in re.findall(r"\d+", dsmtpd.__version__)[:3]]
+    # Where it is newer, it is going to be the first one with this number.
+    assert not numbers or present >= numbers[0]
+
+
+def test_exit_status_of_the_readme() -> None:
+    """The README has those of --help and no other."""
+    table = README.partition("\nExit status\n-----------\n")[2].partition("\nContributing\n")[0]
+    listed = re.findall(r"^(\d+)  ", table, re.M)
+    shown = command("-h").stdout.partition("Exit status:")[2]
+    assert listed
+    assert listed == re.findall(r"\b\d+\b", shown)
+
+
+def test_extensions_of_the_readme() -> None:
+    section = README.partition("\nWhat it supports\n")[2].partition("\n\nIt takes")[0]
+    lines = dsmtpd.extensions(Config(tls="starttls"), tls=False, user=None)
+    # HELP is a command of RFC 5321 itself.
+    for keyword in {line.split()[0] for line in lines} - {"HELP"}:
+        assert re.search(rf"\b{keyword}\b", section), keyword
