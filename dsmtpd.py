@@ -50,8 +50,6 @@ if TYPE_CHECKING:
     import email.policy
     import ssl
 
-    import pytest
-
 __version__ = "2.0.0"
 __all__ = ["Config", "Envelope", "Inbox", "Reply", "SMTPError", "Server", "capture"]
 
@@ -1534,7 +1532,7 @@ async def _nowhere(envelope: Envelope) -> None:
     """The delivery of a server that only counts."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure(config: Any) -> None:
     """Make this module a plug-in of pytest, with the fixture `smtpd`."""
     import pytest
 

@@ -12,6 +12,7 @@ import mailbox
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import smtplib
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import unittest
 import zipapp
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -2436,6 +2438,114 @@ def test_first_screen_of_the_readme(
     ]
     exec(example("python", 'mailbox.Maildir("mail")'), {})
     assert capsys.readouterr().out == "user@test.com Welcome Email\n"
+
+
+def test_unittest_of_the_readme() -> None:
+    names: dict[str, Any] = {"__name__": "recipe"}
+    exec(example("python", "unittest.TestCase"), names)
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(names["WelcomeTest"]).run(result)
+    assert result.testsRun == 1
+    assert result.wasSuccessful(), result.errors + result.failures
+
+
+def test_ci_of_the_readme(tmp_path: Path) -> None:
+    """What GitHub and GitLab run, and the line above them, with the fixture as its tests."""
+    assert "    python3 dsmtpd.py -p 0 --expect 1 -- python3 -m pytest\n" in README
+    lines = set(re.findall(r"(?:- run: |    - )(python3 dsmtpd.py .*)", README))
+    (line,) = lines
+    assert README.count(line) == 2
+    shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "test_it.py").write_text(example("python", "smtpd.wait"))
+    tests = tmp_path / "run-tests.sh"
+    python = shlex.quote(sys.executable)
+    tests.write_text(f"#!/bin/sh\n{python} -m pytest -q -p dsmtpd\n{shlex.join([*SEND, '1'])}\n")
+    tests.chmod(0o755)
+    completed = subprocess.run(
+        [sys.executable, *shlex.split(line)[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert "1 passed" in completed.stdout
+    assert completed.returncode == 0, completed.stderr
+
+
+def test_docker_compose_of_the_readme() -> None:
+    (line,) = re.findall(r"command: python3 dsmtpd.py (.*)", README)
+    config = dsmtpd.parse_args(shlex.split(line)).config
+    assert (config.interface, config.port, config.directory) == ("0.0.0.0", 1025, "/mail")
+
+
+def test_django_of_the_readme(tmp_path: Path) -> None:
+    pytest.importorskip("django")
+    (tmp_path / "settings.py").write_text(example("python", 'os.environ.get("SMTP_HOST"'))
+    (tmp_path / "tests.py").write_text(example("python", "django.test"))
+    django = [sys.executable, "-m", "django", "test", "--settings", "settings", "--pythonpath", "."]
+    completed = subprocess.run(
+        [sys.executable, SCRIPT, "-p", "0", "--expect", "1", "--", *django],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+
+
+@pytest.mark.skipif(not shutil.which("jq") or os.name != "posix", reason="needs jq and a shell")
+def test_shell_script_of_the_readme(tmp_path: Path) -> None:
+    shutil.copy(SCRIPT, tmp_path)
+    (script,) = examples("bash")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = script.replace("python3", shlex.quote(sys.executable)).replace("1025", str(port))
+    # The log says when it listens.
+    script = script.replace(" -q ", " ")
+    with subprocess.Popen(
+        ["sh", "-c", script],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as running:
+        assert running.stderr is not None
+        assert any("Starting dsmtpd" in line for line in running.stderr)
+        environment = {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(port), "DSMTPD_MAILDIR": "mail"}
+        subprocess.run(
+            [*SEND, "2"],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        output, _ = running.communicate(timeout=20)
+    assert output == "c@d: 0\nc@d: 1\n"
+
+
+def test_handlers_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = "Subject: Verify\r\n\r\nGo to https://example.com/verify?token=1, please.\r\n"
+    handlers = re.findall(r"``--handler (\w+):(\w+)``\)", README)
+    assert [name for name, _ in handlers] == ["last", "links", "relay"]
+    for module, function in handlers:
+        (tmp_path / f"{module}.py").write_text(example("python", f"def {function}(envelope)"))
+    with dsmtpd.capture() as real:
+        monkeypatch.setenv("RELAY_HOST", real.host)
+        monkeypatch.setenv("RELAY_PORT", str(real.port))
+        printed = ""
+        for module, function in handlers:
+            name = f"{module}:{function}"
+            with process(
+                "--handler", name, cwd=tmp_path, last="Handing the", stdout=subprocess.PIPE
+            ) as server:
+                with smtplib.SMTP("127.0.0.1", server.port) as client:
+                    client.sendmail("a@b", ["safe@example.com", "other@example.org"], content)
+                server.popen.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
+                printed += server.popen.communicate(timeout=20)[0]
+        assert real.wait().rcpt_tos == ["safe@example.com"]
+        assert len(real.messages) == 1
+    assert (tmp_path / "last.eml").read_bytes().decode() == content
+    assert printed == "https://example.com/verify?token=1,\n"
 
 
 def test_server_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
