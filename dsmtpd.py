@@ -41,6 +41,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import format_datetime
+from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -110,6 +111,10 @@ class Config:
     """PEM file of its key; None where the certificate's file has it as well."""
     auth: dict[str, str] = field(default_factory=dict, repr=False)
     """{user: password} of those who may log in, and must; empty lets everybody do both."""
+    fail: list[str] = field(default_factory=list)
+    """Rules of failures on purpose, as parse_rule takes them; the first that matches counts."""
+    strict: bool = False
+    """Whether a message that lint() warns of is refused."""
 
     def __post_init__(self) -> None:
         if not self.interface.strip():
@@ -179,6 +184,7 @@ class SMTPError(Exception):
 
 
 OK = Reply(250, "2.0.0", "OK")
+BYE = Reply(221, "2.0.0", "Bye")
 
 
 # --- Grammar --------------------------------------------------------------------------
@@ -315,7 +321,7 @@ def _escape(match: re.Match[str]) -> str:
     return char if char.isprintable() else char.encode("unicode_escape").decode()
 
 
-# --- Session --------------------------------------------------------------------------
+# --- Envelope, lint, and actions ------------------------------------------------------
 
 
 def _host_name() -> str:
@@ -408,6 +414,82 @@ def _decode_words(match: re.Match[str]) -> str:
     return match[0]
 
 
+_BODY = re.compile(rb"(?:\A|\n)\r?\n")  # the empty line in front of the body
+_FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.MULTILINE)
+# Octets of the header section that are looked at for its fields.
+_FIELDS_WITHIN = 1_048_576
+# RFC 5322 section 3.6
+_UNIQUE_FIELDS = (
+    *("Date", "From", "Sender", "Reply-To", "To", "Cc", "Bcc"),
+    *("Message-ID", "In-Reply-To", "References", "Subject"),
+)
+
+
+def _split(content: bytes) -> tuple[bytes, bytes]:
+    """The header section, and what follows it from its empty line on."""
+    empty = _BODY.search(content)
+    at = len(content) if empty is None else empty.start()
+    return content[:at], content[at:]
+
+
+def lint(content: bytes, mail_options: dict[str, str]) -> list[str]:
+    """What real servers mind about a message, each as "name: what it is (RFC section)".
+
+    mail_options are the parameters of MAIL. It looks at the whole, not at each line, so
+    that a large message takes no longer than a few copies of it.
+    """
+    body_type = mail_options.get("BODY", "7BIT").upper()
+    warnings = [] if body_type == "BINARYMIME" else _lint_lines(content)
+    if not content.isascii():
+        header, body = _split(content)
+        if body_type == "7BIT" and not body.isascii():
+            warnings.append("undeclared-8bit: the body needs BODY=8BITMIME (RFC 6152 section 3)")
+        if "SMTPUTF8" not in mail_options and not header.isascii():
+            warnings.append("utf8-header: the header needs SMTPUTF8 (RFC 6531 section 3.4)")
+    return warnings + _lint_fields(content)
+
+
+def _lint_lines(content: bytes) -> list[str]:
+    warnings = []
+    crlf = content.count(b"\r\n")
+    if content.count(b"\n") > crlf:
+        warnings.append("bare-lf: LF without CR in the content (RFC 5321 section 2.3.8)")
+    if content.count(b"\r") > crlf:
+        warnings.append("bare-cr: CR without LF in the content (RFC 5321 section 2.3.8)")
+    if _has_long_line(content):
+        warnings.append("long-line: a line of over 998 octets (RFC 5322 section 2.1.1)")
+    return warnings
+
+
+def _lint_fields(content: bytes) -> list[str]:
+    header, _ = _split(content[:_FIELDS_WITHIN])
+    names = [name.lower().decode() for name in _FIELD_NAME.findall(header)]
+    warnings = [
+        f"missing-{name.lower()}: no {name} field (RFC 5322 section 3.6{section})"
+        for name, section in (("Date", ".1"), ("From", ".2"), ("Message-ID", ".4"))
+        if name.lower() not in names
+    ]
+    warnings += [
+        f"duplicate-field: more than one {name} field (RFC 5322 section 3.6)"
+        for name in _UNIQUE_FIELDS
+        if names.count(name.lower()) > 1
+    ]
+    if "bcc" in names:
+        warnings.append("bcc-header: a Bcc field tells everybody (RFC 5322 section 3.6.3)")
+    return warnings
+
+
+def _has_long_line(content: bytes) -> bool:
+    """Looks for a line end in steps of the longest line with its CRLF, not for each line."""
+    start = 0
+    while start + 998 < len(content):
+        end = content.rfind(b"\n", start, start + 1000)
+        if end < 0:
+            return True
+        start = end + 1
+    return False
+
+
 def _summary(envelope: Envelope) -> str:
     """The message in a line of the log."""
     rcpt_tos = ", ".join(envelope.rcpt_tos)
@@ -429,14 +511,6 @@ class Transaction:
     """Why the content is read but not kept."""
 
 
-class Quota:
-    """Octets of content that several sessions may hold together."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.held = 0
-
-
 @dataclass(frozen=True)
 class Deliver:
     """Action: store the envelope, then send the reply to the end of the content."""
@@ -449,7 +523,19 @@ class StartTLS:
     """Action: begin TLS, and throw away what has arrived in plain text (RFC 3207)."""
 
 
-Action = Reply | Deliver | StartTLS
+@dataclass(frozen=True)
+class Delay:
+    """Action: wait so many seconds before the next action; other sessions go on."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Close:
+    """Action: close the connection without a word."""
+
+
+Action = Reply | Deliver | StartTLS | Delay | Close
 Reader = Callable[[], Action | None]
 # A SASL mechanism: yields prompts, is sent the answers, returns the user and the password.
 Dialogue = Generator[str, bytes, tuple[bytes, bytes]]
@@ -472,14 +558,112 @@ def _login() -> Dialogue:
 MECHANISMS = {"PLAIN": _plain, "LOGIN": _login}
 
 
+# --- Failures on purpose --------------------------------------------------------------
+
+# The moments that rules are for: the greeting, the commands, and the end of the content.
+STAGES = (
+    *("CONNECT", "EHLO", "HELO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "BDAT", "."),
+    *("RSET", "NOOP", "QUIT", "VRFY", "HELP"),
+)
+
+
+@dataclass
+class Rule:
+    """A failure on purpose, as parse_rule makes it."""
+
+    text: str
+    verb: str
+    """Its moment, in capitals: one of STAGES."""
+    pattern: str
+    """For fnmatch, in small letters."""
+    left: float
+    """How often it still applies."""
+    action: Reply | Delay | Close | None
+    """What is done instead of what would be; after a Delay the next rules count as well."""
+
+
+_VERB = rf"\s*({'|'.join(map(re.escape, STAGES))})(?=\s|$)"
+_TIMES = r"(?:\s+x([1-9][0-9]{0,8})(?=\s|$))?"
+_ACTION = (
+    r"\s+(?:(?P<word>drop|ok)|delay\s+(?P<delay>[0-9]{1,6}(?:\.[0-9]{1,6})?)"
+    r"|(?P<code>(?P<class>[45])[0-9]{2})(?:\s+(?P<status>(?P=class)(?:\.[0-9]{1,3}){2}))?"
+    r"(?:\s+(?![0-9]\.[0-9])(?P<text>\S.*))?)\s*$"
+)
+
+
+def parse_rule(text: str) -> Rule:
+    """VERB GLOB [ "x" N ] ( CODE [ x.y.z ] [ text ] / "delay" SECONDS / "drop" / "ok" )
+
+    Raises ValueError with the place that does not parse between >>> and <<<.
+    """
+    at = 0
+
+    def take(pattern: str, wanted: str) -> re.Match[str]:
+        nonlocal at
+        match = re.compile(pattern, re.IGNORECASE | re.ASCII).match(text, at)
+        if match is None:
+            rest = text[at:].strip() or "nothing"
+            raise ValueError(f"rule {text[:at]} >>>{rest}<<< {wanted} is needed there")
+        at = match.end()
+        return match
+
+    verb = take(_VERB, "CONNECT, a command, or . for the end of the content,")[1]
+    pattern = take(r"\s+(\S+)", "a pattern such as * or *@example.com")[1]
+    times = take(_TIMES, "")[1]
+    action = take(_ACTION, "a code from 400 to 599, delay SECONDS, drop, or ok")
+    return Rule(
+        text, verb.upper(), pattern.lower(), int(times) if times else float("inf"), _action(action)
+    )
+
+
+def _action(match: re.Match[str]) -> Reply | Delay | Close | None:
+    if match["delay"]:
+        return Delay(float(match["delay"]))
+    if match["word"]:
+        return Close() if match["word"].lower() == "drop" else None
+    status = match["status"] or match["class"] + ".0.0"
+    return SMTPError(int(match["code"]), status, match["text"] or "On purpose").reply
+
+
+class Shared:
+    """What the sessions of a server have in common: room for content, and its rules.
+
+    limit is how many octets of content they may hold together. Raises ValueError for a
+    rule that does not parse.
+    """
+
+    def __init__(self, config: Config, limit: float = float("inf")) -> None:
+        self.limit = limit
+        self.held = 0
+        self.rules = [parse_rule(text) for text in config.fail]
+        self.refused = 0
+        """How many messages config.strict has refused."""
+
+    def consult(self, verb: str, text: str, peer: str) -> list[Action]:
+        """What the rules want at this moment: delays, and then one reply or Close at most."""
+        actions: list[Action] = []
+        for rule in self.rules:
+            if rule.verb == verb and rule.left and fnmatchcase(text.lower(), rule.pattern):
+                rule.left -= 1
+                log.info("%s: rule %s", peer, rule.text)
+                if rule.action is not None:
+                    actions.append(rule.action)
+                if not isinstance(rule.action, Delay):
+                    break
+        return actions
+
+
+# --- Session --------------------------------------------------------------------------
+
+
 class Session:
     """One SMTP session, without I/O: octets in, actions out.
 
-    peer is the client's address, for the envelopes; quota limits the content held by all
-    sessions that share it.
+    peer is the client's address, for the envelopes; shared is what it has in common with
+    other sessions.
     """
 
-    def __init__(self, config: Config, peer: str = "", quota: Quota | None = None) -> None:
+    def __init__(self, config: Config, peer: str = "", shared: Shared | None = None) -> None:
         self.config = config
         self.peer = peer
         self.tls = config.tls == "implicit"
@@ -487,7 +671,9 @@ class Session:
         self.extended = False
         self.user: str | None = None
         self.transaction: Transaction | None = None
-        self._quota = Quota(float("inf")) if quota is None else quota
+        self._shared = Shared(config) if shared is None else shared
+        # What the client does that lint() cannot see in the content.
+        self._habits: dict[str, None] = {}
         self._held = 0
         self._buffer = bytearray()
         self._searched = 0
@@ -540,14 +726,43 @@ class Session:
 
     def _hold(self, octets: int) -> None:
         """Tell the quota how much content this session holds."""
-        self._quota.held += octets - self._held
+        self._shared.held += octets - self._held
         self._held = octets
 
     # Readers
 
-    def _greet(self) -> Reply:
+    def _greet(self) -> Action | None:
+        self._read = self._turn_away
+        address = self.peer.rpartition(":")[0].strip("[]")
+        return self._stage("CONNECT", address, self._welcome)
+
+    def _welcome(self) -> Reply:
         self._read = self._read_command
         return Reply(220, "", f"{HOSTNAME} ESMTP dsmtpd {__version__}")
+
+    def _turn_away(self) -> Reply | None:
+        """RFC 5321 section 3.1: after a greeting that refuses, the client may only QUIT."""
+        line = self._take_line()
+        if line is None:
+            return None
+        if line.strip().upper() != b"QUIT":
+            raise SMTPError(503, "5.5.1", "Nothing but QUIT is served")
+        return BYE
+
+    def _stage(self, verb: str, text: str, proceed: Reader) -> Action | None:
+        """Proceed, unless the rules for this moment have something else in mind."""
+        if not self._shared.rules:
+            return proceed()
+        actions = self._shared.consult(verb, text, self.peer)
+        return self._act(actions, self._read, proceed)
+
+    def _act(self, actions: list[Action], resume: Reader, proceed: Reader) -> Action | None:
+        self._read = resume
+        if not actions:
+            return proceed()
+        if isinstance(actions[0], Delay):
+            self._read = partial(self._act, actions[1:], resume, proceed)
+        return actions[0]
 
     def _ignore(self) -> None:
         self._buffer.clear()
@@ -556,14 +771,20 @@ class Session:
         line = self._take_line()
         if line is None:
             return None
-        self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
+        self._line_end = b"\r\n"
+        if not line.endswith(b"\r\n"):
+            self._line_end = b"\n"
+            self._habits["bare-lf: LF without CR after a command (RFC 5321 section 2.3.8)"] = None
         text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" ")
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s C: %s", self.peer, _masked(text))
         name, _, argument = text.partition(" ")
         verb = name.upper() if name.isascii() else ""
         if verb in _COMMANDS:
-            return _COMMANDS[verb](self, argument.lstrip(" "))
+            argument = argument.lstrip(" ")
+            proceed = partial(_COMMANDS[verb], self, argument)
+            # BDAT asks the rules itself, when it knows what to skip.
+            return proceed() if verb == "BDAT" else self._stage(verb, _about(argument), proceed)
         if verb in _NOT_SERVED:
             raise SMTPError(502, "5.5.1", "Command not implemented")
         if verb in _HTTP:
@@ -626,8 +847,6 @@ class Session:
         self._left -= len(octets)
         self._keep(transaction, octets)
         if transaction.refusal is not None:
-            # The message is lost, and what is left of the chunk is not read as commands.
-            self.transaction = None
             self._read = self._skip_chunk
             raise transaction.refusal
         if self._left:
@@ -636,6 +855,9 @@ class Session:
         return self._end_of_content(transaction) if last else OK
 
     def _skip_chunk(self) -> Action | None:
+        """The octets of a refused chunk come all the same, and are not commands."""
+        if self.transaction is not None and self.transaction.rcpt_tos:
+            self.transaction = None  # a message without one of its chunks is none
         skipped = min(self._left, len(self._buffer))
         del self._buffer[:skipped]
         self._left -= skipped
@@ -656,34 +878,43 @@ class Session:
     def _too_much(self, size: int) -> SMTPError | None:
         if 0 < self.config.max_size < size:
             return SMTPError(552, "5.3.4", "Message is larger than the maximum")
-        if self._quota.held - self._held + size > self._quota.limit:
+        if self._shared.held - self._held + size > self._shared.limit:
             return SMTPError(452, "4.3.1", "Too much mail at the same time")
         return None
 
-    def _end_of_content(self, transaction: Transaction) -> Deliver:
+    def _end_of_content(self, transaction: Transaction) -> Action | None:
         self.transaction = None
         if transaction.refusal is not None:
             raise transaction.refusal
         content = bytes(transaction.content)
         # A large message is in memory once, not twice, while it is stored.
         transaction.content = bytearray()
-        if not self.config.smtputf8:
-            _check_ascii(content, transaction.mail_options)
-        return Deliver(
-            Envelope(
-                peer=self.peer,
-                helo=self.helo or "",
-                protocol=self._protocol(transaction),
-                tls=self.tls,
-                user=self.user,
-                mail_from=transaction.mail_from,
-                mail_options=transaction.mail_options,
-                rcpt_tos=transaction.rcpt_tos,
-                rcpt_options=transaction.rcpt_options,
-                content=content,
-                received=self._now,
-            )
+        envelope = Envelope(
+            peer=self.peer,
+            helo=self.helo or "",
+            protocol=self._protocol(transaction),
+            tls=self.tls,
+            user=self.user,
+            mail_from=transaction.mail_from,
+            mail_options=transaction.mail_options,
+            rcpt_tos=transaction.rcpt_tos,
+            rcpt_options=transaction.rcpt_options,
+            content=content,
+            received=self._now,
+            warnings=[*self._habits, *lint(content, transaction.mail_options)],
         )
+        self._habits.clear()
+        return self._stage(".", envelope.subject, partial(self._take, envelope))
+
+    def _take(self, envelope: Envelope) -> Deliver:
+        if not self.config.smtputf8:
+            _check_ascii(envelope)
+        for warning in envelope.warnings:
+            log.warning("%s: %s", self.peer, warning)
+        if self.config.strict and envelope.warnings:
+            self._shared.refused += 1
+            raise SMTPError(554, "5.6.0", envelope.warnings[0])
+        return Deliver(envelope)
 
     def _protocol(self, transaction: Transaction) -> str:
         """RFC 3848 and RFC 6531 section 4.3: the word after WITH in Received."""
@@ -742,12 +973,20 @@ class Session:
         self.helo = argument
         return HOSTNAME
 
+    def _must_be_last(self, verb: str) -> None:
+        """RFC 2920 section 3.1: these have to be the last of what is sent together."""
+        if self._buffer:
+            warning = f"early-talker: more came ahead of the reply to {verb}"
+            self._habits[f"{warning} (RFC 2920 section 3.1)"] = None
+
     def _ehlo(self, argument: str) -> Reply:
+        self._must_be_last("EHLO")
         lines = [self._hello(argument), *extensions(self.config, tls=self.tls, user=self.user)]
         self.extended = True
         return Reply(250, "", "\n".join(lines))
 
     def _helo(self, argument: str) -> Reply:
+        self._must_be_last("HELO")
         name = self._hello(argument)
         self.extended = False
         return Reply(250, "", name)
@@ -800,6 +1039,7 @@ class Session:
         if transaction.chunks or transaction.mail_options.get("BODY", "").upper() == "BINARYMIME":
             # RFC 3030 sections 2 and 3
             raise SMTPError(503, "5.5.1", "Go on with BDAT")
+        self._must_be_last("DATA")
         self._buffer[:0] = self._line_end
         self._read = partial(self._read_content, transaction)
         return Reply(354, "", "End data with <CR><LF>.<CR><LF>")
@@ -809,14 +1049,16 @@ class Session:
         if match is None:
             raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
         self._left = int(match["size"])
-        # RFC 3030 section 2: the octets of a refused chunk come all the same.
         self._read = self._skip_chunk
+        proceed = partial(self._begin_chunk, last=bool(match["last"]))
+        return self._stage("BDAT", argument, proceed)
+
+    def _begin_chunk(self, last: bool) -> Action | None:
         transaction = self._addressed()
         if 0 < self.config.max_size < len(transaction.content) + self._left:
-            self.transaction = None
             raise SMTPError(552, "5.3.4", "Message is larger than the maximum")
         transaction.chunks += 1
-        self._read = partial(self._read_chunk, transaction, last=bool(match["last"]))
+        self._read = partial(self._read_chunk, transaction, last)
         return self._read()
 
     def _addressed(self) -> Transaction:
@@ -835,7 +1077,7 @@ class Session:
 
     def _quit(self, argument: str) -> Reply:
         _no_argument(argument)
-        return Reply(221, "2.0.0", "Bye")
+        return BYE
 
     def _vrfy(self, argument: str) -> Reply:
         if not argument:
@@ -922,18 +1164,18 @@ def _check_declared(address: str, mail_options: dict[str, str]) -> None:
         raise SMTPError(553, "5.6.7", "This address needs SMTPUTF8")
 
 
-# The header section: up to the first empty line, or everything.
-_HEADER = re.compile(rb"(?:(?!\r?\n)[^\n]*(?:\n|\Z))*")
+def _about(argument: str) -> str:
+    """What a rule is held against: the address in MAIL and RCPT, or the whole argument."""
+    match = _FROM.fullmatch(argument) or _TO.fullmatch(argument)
+    return match["path"] if match else argument
 
 
-def _check_ascii(content: bytes, mail_options: dict[str, str]) -> None:
+def _check_ascii(envelope: Envelope) -> None:
     """What --disable-smtputf8 refuses: an UTF-8 header section, an undeclared 8-bit body."""
-    if content.isascii():
-        return
-    header = _HEADER.match(content)
-    if header is None or not header[0].isascii():
+    header, body = _split(envelope.content)
+    if not header.isascii():
         raise SMTPError(554, "5.6.7", "The header is not ASCII")
-    if mail_options.get("BODY", "7BIT").upper() == "7BIT":
+    if not body.isascii() and envelope.mail_options.get("BODY", "7BIT").upper() == "7BIT":
         raise SMTPError(554, "5.6.1", "The body is not ASCII, and 8BITMIME was not declared")
 
 
@@ -1076,7 +1318,8 @@ class Server:
         self._on_message = on_message
         self._listeners: list[asyncio.Server] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
-        self._quota = Quota(max(MAX_CONTENT, 2 * self.config.max_size or float("inf")))
+        limit = max(MAX_CONTENT, 2 * self.config.max_size or float("inf"))
+        self._shared = Shared(self.config, limit)
         # A thread for each session, so that a slow disk holds up one session and no other.
         self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
         self._closed = asyncio.Event()
@@ -1092,6 +1335,11 @@ class Server:
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""
         await self._closed.wait()
+
+    @property
+    def refused(self) -> int:
+        """How many messages were refused because of `strict`."""
+        return self._shared.refused
 
     async def finish(self) -> None:
         """Let the clients finish what they do, for STOP_TIMEOUT seconds at most."""
@@ -1137,7 +1385,7 @@ class Server:
             writer.write(bytes(Reply(421, "4.3.2", "Too many connections")))
             writer.close()
             return
-        session = Session(self.config, peer, self._quota)
+        session = Session(self.config, peer, self._shared)
         connection = Connection(self, session, reader, writer)
         task = asyncio.current_task()
         assert task is not None
@@ -1208,6 +1456,7 @@ class Connection:
         self._reader = reader
         self._writer = writer
         self._unsent = bytearray()
+        self._interrupted = asyncio.Event()
 
     async def run(self) -> None:
         """Talk until one side has enough of it."""
@@ -1216,7 +1465,7 @@ class Connection:
                 await self._start_tls()
             await self._converse()
         except SMTPError as error:  # interrupted
-            self._say(error.reply)
+            self._write(error.reply)
             self._writer.write(self._unsent)
         except OSError as error:
             log.debug("%s: %s", self._peer, error)
@@ -1228,6 +1477,7 @@ class Connection:
 
     def interrupt(self, error: SMTPError) -> None:
         """End the session with this reply, at the next time it waits for the client."""
+        self._interrupted.set()
         transport = self._writer.transport
         if transport.is_closing() or transport.get_write_buffer_size():
             self.abort()  # it does not read what we say
@@ -1251,17 +1501,17 @@ class Connection:
 
     async def _perform(self, action: Action) -> bool:
         """Carry out one action; returns whether the session goes on."""
-        if isinstance(action, StartTLS):
-            await self._flush()
-            await self._start_tls()
-            return True
+        if isinstance(action, Reply):
+            return await self._say(action)
+        await self._flush()
         if isinstance(action, Deliver):
-            await self._flush()
-            action = await self._server.deliver(action.envelope)
-        self._say(action)
-        if action.closes or len(self._unsent) >= CHUNK:
-            await self._flush()
-        return not action.closes
+            return await self._say(await self._server.deliver(action.envelope))
+        if isinstance(action, StartTLS):
+            await self._start_tls()
+        if isinstance(action, Delay):
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._interrupted.wait(), action.seconds)
+        return not isinstance(action, Close)
 
     async def _start_tls(self) -> None:
         try:
@@ -1271,7 +1521,13 @@ class Connection:
             raise
         self._reader, self._writer = streams
 
-    def _say(self, reply: Reply) -> None:
+    async def _say(self, reply: Reply) -> bool:
+        self._write(reply)
+        if reply.closes or len(self._unsent) >= CHUNK:
+            await self._flush()
+        return not reply.closes
+
+    def _write(self, reply: Reply) -> None:
         octets = bytes(reply)
         if log.isEnabledFor(logging.DEBUG):
             for line in octets.decode().splitlines():
@@ -1602,6 +1858,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--key", metavar="PEM", help="key of the certificate (in the file of the certificate)")
     text = "only these may log in, and must; repeatable (everybody may, nobody must)"
     add("--auth", metavar="USER:PASSWORD", type=_account, action="append", default=[], help=text)
+    text = "fail on purpose: 'VERB GLOB [xN] CODE [x.y.z] [text] | delay SECONDS | drop | ok'"
+    add("--fail", metavar="RULE", type=_rule, action="append", default=[], help=text)
+    text = "refuse messages that real servers would mind"
+    add("--strict", action="store_true", help=text)
     text = "call this with each message instead of storing it"
     add("--handler", metavar="MODULE:CALLABLE", help=text)
     output = parser.add_mutually_exclusive_group()
@@ -1623,6 +1883,14 @@ def _account(text: str) -> tuple[str, str]:
     if not user or not colon:
         raise argparse.ArgumentTypeError("must be USER:PASSWORD")
     return user, password
+
+
+def _rule(text: str) -> str:
+    try:
+        parse_rule(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -1707,7 +1975,8 @@ class _Program:
         status = await run(server)
         log.info("Cleaning up")
         await server.close()
-        return status or int(self._came < (self._arguments.expect or 0))
+        expected = self._arguments.expect or 0
+        return status or int(self._came < expected or (expected > 0 and server.refused > 0))
 
     def _delivery(self) -> tuple[Callable[[Envelope], object], list[str]]:
         """Where the messages go, and the lines of the log about it."""

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import dataclasses
 import email.header
+import email.message
 import email.utils
 import json
 import mailbox
@@ -37,6 +38,8 @@ from dsmtpd import Config, Envelope, Reply, Server, SMTPError
 HERE = Path(__file__).parent
 SCRIPT = HERE / "dsmtpd.py"
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=timezone.utc)
+# A header section that there is nothing to say against.
+CLEAN = "From: <a@b>\r\nDate: Sat, 21 Nov 2026 12:00:00 +0000\r\nMessage-ID: <1@b>\r\n"
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 
 
@@ -58,13 +61,27 @@ class Client:
             if isinstance(action, dsmtpd.Deliver):
                 self.envelopes.append(action.envelope)
                 action = Reply(250, "2.0.0", "Message accepted")
-            replies += b"<TLS>\r\n" if isinstance(action, dsmtpd.StartTLS) else bytes(action)
+            if isinstance(action, Reply):
+                replies += bytes(action)
+            else:
+                replies += f"<{action}>\r\n".encode()
         return replies
 
     def codes(self, *lines: str) -> str:
         """The code of the reply to each line, "-" where there is none."""
         replies = [self.send(line.encode() + b"\r\n").decode() for line in lines]
         return " ".join(reply.splitlines()[-1][:3] if reply else "-" for reply in replies)
+
+
+def patient(client: Client) -> list[Envelope]:
+    """The envelopes without the one warning that depends on how the octets were sent."""
+    return [
+        dataclasses.replace(
+            envelope,
+            warnings=[text for text in envelope.warnings if not text.startswith("early-talker")],
+        )
+        for envelope in client.envelopes
+    ]
 
 
 def ready(**options: Any) -> Client:
@@ -300,7 +317,7 @@ def test_dialogue(name: str) -> None:
     at_once, by_byte = Client(), Client()
     assert at_once.send(octets) == expected
     assert b"".join(by_byte.send(bytes([octet])) for octet in octets) == expected
-    assert by_line.envelopes == at_once.envelopes == by_byte.envelopes
+    assert patient(by_line) == patient(at_once) == patient(by_byte)
 
 
 # --- Commands ---------------------------------------------------------------------------
@@ -705,7 +722,7 @@ def test_content_after_a_bare_lf() -> None:
 
 def test_envelope() -> None:
     client = ready()
-    client.codes("DATA", "Subject: Hi", ".")
+    client.codes("DATA", "Subject: Hi", "From: <a@x>", "Date: now", ".")
     assert client.envelopes == [
         Envelope(
             peer="127.0.0.1:54321",
@@ -717,9 +734,9 @@ def test_envelope() -> None:
             mail_options={},
             rcpt_tos=["b@y.test"],
             rcpt_options=[{}],
-            content=b"Subject: Hi\r\n",
+            content=b"Subject: Hi\r\nFrom: <a@x>\r\nDate: now\r\n",
             received=NOW,
-            warnings=[],
+            warnings=["missing-message-id: no Message-ID field (RFC 5322 section 3.6.4)"],
             path=None,
         )
     ]
@@ -832,7 +849,7 @@ def test_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
 def test_starttls_starts_again() -> None:
     client = Client(tls="starttls", auth={"user": "secret"})
     assert client.send(b"STARTTLS\r\nEHLO evil\r\nMAIL FROM:<a@b>\r\n") == (
-        b"220 2.0.0 Ready to start TLS\r\n<TLS>\r\n"
+        b"220 2.0.0 Ready to start TLS\r\n<StartTLS()>\r\n"
     )
     assert client.codes("AUTH PLAIN " + b64("\0user\0secret")) == "503"
     replies = client.send(b"EHLO x\r\n")
@@ -890,11 +907,11 @@ def test_chunks_count_together() -> None:
 
 def test_chunks_and_the_quota() -> None:
     client = ready()
-    client.session._quota = quota = dsmtpd.Quota(100)
+    client.session._shared = shared = dsmtpd.Shared(Config(), 100)
     assert client.send(b"BDAT 99\r\n" + b"x" * 99) == b"250 2.0.0 OK\r\n"
     assert client.send(b"BDAT 9 LAST\r\n123") == b"452 4.3.1 Too much mail at the same time\r\n"
     assert client.send(b"456789NOOP\r\n") == b"250 2.0.0 OK\r\n"
-    assert quota.held == 0
+    assert shared.held == 0
 
 
 @pytest.mark.parametrize("argument", ["", "-1", "x", "1 2", "1LAST", "1 LAST x", "9" * 21])
@@ -955,21 +972,21 @@ def test_recipients() -> None:
 
 
 def test_content_held_by_all_sessions() -> None:
-    quota = dsmtpd.Quota(1000)
+    shared = dsmtpd.Shared(Config(), 1000)
     clients = [ready(), ready()]
     for client in clients:
-        client.session._quota = quota
+        client.session._shared = shared
         client.codes("DATA")
     first, second = clients
     first.send(b"x" * 600)
     second.send(b"x" * 600)
     assert second.send(b"\r\n.\r\n") == b"452 4.3.1 Too much mail at the same time\r\n"
     assert first.send(b"\r\n.\r\n").startswith(b"250")
-    assert quota.held == 0
+    assert shared.held == 0
     assert second.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA") == "250 250 354"
     second.send(b"x" * 600)
     second.session.close()
-    assert quota.held == 0
+    assert shared.held == 0
 
 
 def test_errors_in_a_row() -> None:
@@ -1071,8 +1088,219 @@ def test_noise(seed: int) -> None:
         pieces += cut.send(rest[:size])
         rest = rest[size:]
     assert pieces == replies
-    assert cut.envelopes == whole.envelopes
-    assert REPLIES.fullmatch(Client(tls="starttls").send(octets).replace(b"<TLS>\r\n", b""))
+    assert patient(cut) == patient(whole)
+    assert REPLIES.fullmatch(Client(tls="starttls").send(octets).replace(b"<StartTLS()>\r\n", b""))
+
+
+# --- Failures on purpose --------------------------------------------------------------------
+
+MESSAGE = ["MAIL FROM:<app@x.test>", "RCPT TO:<you@y.test>", "DATA", "Subject: An Invoice", "."]
+# Rules, what is sent, and what is answered.
+FAILURES: list[tuple[list[str], list[str], str]] = [
+    (["RCPT *@bounce.test 550 5.1.1 No such user"], MESSAGE[:2], "250 250"),
+    (["RCPT *@Y.test 550 5.1.1 No such user"], MESSAGE[:2], "250 550"),
+    (["RCPT * x1 451 4.7.1 Greylisted"], [*MESSAGE[:2], *MESSAGE[1:]], "250 451 250 354 - 250"),
+    (["mail app@* x2 450"], [*MESSAGE[:1] * 3], "450 450 250"),
+    ([". *invoice* 554 5.6.0 Refused"], [*MESSAGE, "NOOP", "DATA"], "250 250 354 - 554 250 503"),
+    ([". *receipt* 554 5.6.0 Refused"], MESSAGE, "250 250 354 - 250"),
+    (["DATA * 451", "DATA * 552"], [*MESSAGE[:3], "RSET", "."], "250 250 451 250 500"),
+    (["DATA * x1 451", "DATA * 452"], [*MESSAGE[:3], "DATA"], "250 250 451 452"),
+    (["EHLO * 502"], ["EHLO x", "HELO x"], "502 250"),
+    (["HELO * 550"], ["HELO x"], "550"),
+    (["EHLO *.test 550"], ["EHLO x", "EHLO a.test"], "250 550"),
+    (["STARTTLS * 454 4.7.0 TLS not available"], ["STARTTLS", "NOOP"], "454 250"),
+    (["AUTH login* 535 5.7.8"], ["AUTH LOGIN", "AUTH PLAIN", "*"], "535 334 501"),
+    (
+        ["BDAT * x1 452"],
+        [*MESSAGE[:2], "BDAT 4", "QU", "NOOP", MESSAGE[0]],
+        "250 250 452 - 250 250",
+    ),
+    (["BDAT * 452"], [*MESSAGE[:2], "BDAT 2 LAST\r\n", "NOOP"], "250 250 452 250"),
+    ([". * 451"], [*MESSAGE[:2], "BDAT 0 LAST", "NOOP"], "250 250 451 250"),
+    (["RSET * 421"], ["RSET", "NOOP"], "421 -"),
+    (["NOOP now 450"], ["NOOP", "NOOP now"], "250 450"),
+    (["VRFY root 550"], ["VRFY you", "VRFY root"], "252 550"),
+    (["QUIT * 450"], ["QUIT", "NOOP"], "450 250"),
+    (["HELP * 500"], ["HELP", "NOOP"], "500 250"),
+    (
+        ["MAIL * x2 ok", "MAIL * 421 4.7.0 Slow down"],
+        ["MAIL F", "MAIL", *MESSAGE[:1]],
+        "501 501 421",
+    ),
+    (["NOOP * 500"], ["NOOP"] * 40, " ".join(["500"] * 40)),
+]
+
+
+@pytest.mark.parametrize(("rules", "lines", "codes"), FAILURES)
+def test_rules(rules: list[str], lines: list[str], codes: str) -> None:
+    client = Client(fail=rules, tls="starttls")
+    if not lines[0].endswith(("HELO x", "EHLO x")):
+        client.codes("EHLO x")
+    assert client.codes(*lines) == codes
+    assert len(client.envelopes) == (codes.endswith("354 - 250"))
+
+
+@pytest.mark.parametrize("verb", dsmtpd.STAGES)
+def test_each_stage_can_drop_and_delay(verb: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "dsmtpd")
+    octets = b"HELO x\r\nEHLO x\r\nNOOP\r\nVRFY x\r\nHELP\r\nAUTH PLAIN AHUAcA==\r\n"
+    octets += b"MAIL FROM:<a@b>\r\nRSET\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT 1\r\nxRSET\r\n"
+    octets += b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n.\r\nSTARTTLS x\r\nQUIT\r\n"
+    usual = Client()
+    expected = usual.greeting + usual.send(octets)
+    delayed = Client(fail=[f"{verb} * delay 1.5", f"{verb} * x1 delay 2"])
+    replies = delayed.greeting + delayed.send(octets)
+    first, *rest = replies.split(b"<Delay(seconds=1.5)>\r\n")
+    assert rest
+    assert replies.count(b"<Delay(seconds=2.0)>\r\n") == 1
+    assert re.sub(rb"<Delay.*>\r\n", b"", replies) == expected
+    assert f"rule {verb} * delay 1.5" in caplog.text
+    dropped = Client(fail=[f"{verb} * drop"])
+    replies = dropped.greeting + dropped.send(octets)
+    assert replies.partition(b"<Close()>\r\n")[0] == first
+
+
+def test_the_greeting_can_refuse() -> None:
+    client = Client(fail=["CONNECT 127.0.0.1 554 5.7.1 Go away"])
+    assert client.greeting == b"554 5.7.1 Go away\r\n"
+    assert client.codes("EHLO x", "MAIL FROM:<a@b>", "QUIT", "QUIT") == "503 503 221 -"
+    assert Client(fail=["CONNECT 127.0.0.2 554"]).greeting.startswith(b"220")
+
+
+@pytest.mark.parametrize(
+    ("rule", "place"),
+    [
+        ("", " >>>nothing<<< CONNECT, a command"),
+        ("RCTP * 550", " >>>RCTP * 550<<< CONNECT, a command"),
+        ("RCPT", "RCPT >>>nothing<<< a pattern"),
+        ("RCPT *", "RCPT * >>>nothing<<< a code"),
+        ("RCPT 550", "RCPT 550 >>>nothing<<< a code"),
+        ("RCPT * x0 550", "RCPT * >>>x0 550<<< a code"),
+        ("RCPT * 250 OK", "RCPT * >>>250 OK<<< a code"),
+        ("RCPT * 550 4.1.1 text", "RCPT * >>>550 4.1.1 text<<< a code"),
+        ("RCPT * delay", "RCPT * >>>delay<<< a code"),
+        ("RCPT * delay soon", "RCPT * >>>delay soon<<< a code"),
+        ("RCPT * drop it", "RCPT * >>>drop it<<< a code"),
+        ("RCPT * x2", "RCPT * x2 >>>nothing<<< a code"),
+    ],
+)
+def test_rules_that_do_not_parse(rule: str, place: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(place)):
+        dsmtpd.parse_rule(rule)
+
+
+def test_stages_are_the_commands() -> None:
+    assert sorted(dsmtpd.STAGES) == sorted(["CONNECT", ".", *dsmtpd._COMMANDS])
+
+
+def test_counts_are_for_all_sessions_and_delays_for_one() -> None:
+    rules = ["RCPT * x1 450", "NOOP * delay 0.3", "NOOP slow delay 60", "VRFY * drop"]
+
+    async def scenario() -> None:
+        async with Server(port=0, deliver=print, fail=rules) as server:
+            slow, fast = await Peer.connect(server), await Peer.connect(server)
+            for peer in (slow, fast):
+                await peer.reply()
+                await peer.ask("EHLO x")
+                await peer.ask("MAIL FROM:<a@b>")
+            assert (await slow.ask("RCPT TO:<c@d>")).startswith("450 4.0.0 On purpose")
+            assert (await fast.ask("RCPT TO:<c@d>")).startswith("250")
+            waiting = asyncio.create_task(slow.ask("NOOP"))
+            assert (await fast.ask("RSET")).startswith("250")
+            assert not waiting.done()
+            assert (await waiting).startswith("250")
+            fast.writer.write(b"RSET\r\nVRFY x\r\n")
+            assert (await fast.reply()).startswith("250")
+            assert await fast.reply() == ""
+            slow.writer.write(b"NOOP slow\r\n")
+            await slow.writer.drain()
+            closing = asyncio.create_task(server.close())
+            assert await slow.reply() in ("250 2.0.0 OK", "421 4.3.2 Shutting down")
+            await closing
+            await slow.close()
+            await fast.close()
+
+    run(scenario)
+
+
+# --- The lint -------------------------------------------------------------------------------
+
+# Parameters of MAIL, the content, and the names of the warnings.
+LINT: list[tuple[str, str, str]] = [
+    ("", CLEAN + "\r\nText\r\n", ""),
+    ("", CLEAN, ""),
+    ("", "", "missing-date missing-from missing-message-id"),
+    ("", "\r\n" + CLEAN, "missing-date missing-from missing-message-id"),
+    ("", "from : a\r\nDATE:\r\nmessage-id:x\r\n\r\n", ""),
+    ("", "X: y\r\n Date: folded\r\nFrom: a\r\nMessage-ID: <b>\r\n", "missing-date"),
+    ("", CLEAN + "\r\nText\nmore\r\n", "bare-lf"),
+    ("", CLEAN.replace("\r\n", "\n") + "\nText\n", "bare-lf"),
+    ("", CLEAN + "\r\nText\rmore\r\n", "bare-cr"),
+    ("", CLEAN + "\r\n" + "x" * 998 + "\r\n" + "y" * 998 + "\r\n", ""),
+    ("", CLEAN + "\r\n" + "x" * 999 + "\r\n", "long-line"),
+    ("", CLEAN + "\r\nx\r\n" + "x" * 999, "long-line"),
+    ("", CLEAN + "\r\n" + "x\r\n" * 5000 + "x" * 1000 + "\r\nx\r\n", "long-line"),
+    ("", CLEAN + "\r\né\r\n", "undeclared-8bit"),
+    ("BODY=7BIT", CLEAN + "\r\né\r\n", "undeclared-8bit"),
+    ("BODY=8BITMIME", CLEAN + "\r\né\r\n", ""),
+    ("BODY=8BITMIME", CLEAN + "Subject: é\r\n\r\né\r\n", "utf8-header"),
+    ("BODY=8BITMIME SMTPUTF8", CLEAN + "Subject: é\r\n\r\né\r\n", ""),
+    ("BODY=BINARYMIME", CLEAN + "\r\né\r\n\n\r" + "x" * 1000, ""),
+    ("", CLEAN + "Bcc: <hidden@x>\r\n\r\n", "bcc-header"),
+    ("", CLEAN + "bcc: a\r\nBCC: b\r\n", "duplicate-field bcc-header"),
+    ("", CLEAN + "To: a\r\nTo: b\r\nX: 1\r\nX: 2\r\n\r\nTo: c\r\n", "duplicate-field"),
+    ("", CLEAN + "Subject: a\r\nsubject: b\r\n\r\n", "duplicate-field"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "content", "names"), LINT)
+def test_lint(parameters: str, content: str, names: str) -> None:
+    for strict in (False, True):
+        client = Client(strict=strict)
+        client.codes("EHLO x", f"MAIL FROM:<a@b> {parameters}", "RCPT TO:<c@d>")
+        octets = content.encode()
+        reply = client.send(b"BDAT %d LAST\r\n%b" % (len(octets), octets)).decode()
+        if strict and names:
+            assert reply.startswith(f"554 5.6.0 {names.split()[0]}: ")
+            assert client.envelopes == []
+        else:
+            assert reply.startswith("250")
+            warnings = client.envelopes[0].warnings
+            assert [warning.partition(":")[0] for warning in warnings] == names.split()
+            assert all(re.search(r" \(RFC \d+ section [\d.]+\)$", warning) for warning in warnings)
+
+
+def warnings_of(*chunks: bytes) -> list[str]:
+    """The warnings about a clean message that is sent in these pieces."""
+    client = Client()
+    for chunk in chunks:
+        client.send(chunk.replace(b"CLEAN", CLEAN.encode() + b"\r\n"))
+    (envelope,) = client.envelopes
+    return envelope.warnings
+
+
+def test_lint_of_commands() -> None:
+    hello, mail = b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
+    assert warnings_of(hello, mail + b"DATA\r\n", b"CLEAN.\r\n") == []
+    assert warnings_of(hello, mail + b"BDAT 0 LAST\r\nQUIT\r\n")[0].startswith("missing-date")
+    early = "early-talker: more came ahead of the reply to {} (RFC 2920 section 3.1)"
+    assert warnings_of(hello + mail, b"DATA\r\n", b"CLEAN.\r\n") == [early.format("EHLO")]
+    assert warnings_of(b"HELO x\r\n" + mail, b"DATA\r\n", b"CLEAN.\r\n") == [early.format("HELO")]
+    assert warnings_of(hello, mail + b"DATA\r\nCLEAN.\r\n") == [early.format("DATA")]
+    assert warnings_of(hello, b"RSET\n", mail + b"DATA\r\n", b"CLEAN.\r\n") == [
+        "bare-lf: LF without CR after a command (RFC 5321 section 2.3.8)"
+    ]
+
+
+def test_lint_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    client = ready()
+    client.codes("DATA", *CLEAN.split("\r\n")[:2], ".")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "WARNING",
+            "127.0.0.1:54321: missing-message-id: no Message-ID field (RFC 5322 section 3.6.4)",
+        )
+    ]
 
 
 # --- Storage ------------------------------------------------------------------------------
@@ -1238,12 +1466,12 @@ class Peer:
         self.writer.write(text.encode() + b"\r\n")
         return await self.reply()
 
-    async def send_mail(self, content: str = "Subject: Hi") -> str:
+    async def send_mail(self, fields: str = "Subject: Hi") -> str:
         await self.ask("EHLO x")
         await self.ask("MAIL FROM:<a@b>")
         await self.ask("RCPT TO:<c@d>")
         await self.ask("DATA")
-        return await self.ask(content + "\r\n.")
+        return await self.ask(f"{CLEAN}{fields}\r\n.")
 
     async def close(self) -> None:
         self.writer.close()
@@ -1733,7 +1961,7 @@ def process(*arguments: str | Path, **options: Any) -> Iterator[Process]:
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    content = "Subject: Welcome Email\r\nTo: user@test.com\r\n\r\nÄ dot:\r\n.\r\n".encode()
+    content = f"{CLEAN}Subject: Welcome Email\r\n\r\nÄ dot:\r\n.\r\n".encode()
     with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
         with smtplib.SMTP("127.0.0.1", server.port) as client:
             client.sendmail("app@example.com", ["user@test.com"], content, ["BODY=8BITMIME"])
@@ -2212,7 +2440,7 @@ if "deaf" in sys.argv:
     signal.signal(signal.SIGTERM, lambda number, frame: os.write(1, b"deaf\\n"))
 if "child" in sys.argv:
     os.fork()
-print(os.getpid(), flush=True)
+os.write(1, b"%d\\n" % os.getpid())
 while True:
     signal.pause()
 """
@@ -2241,8 +2469,8 @@ def gone(pid: int) -> bool:
         ([], [], signal.SIGHUP, 128 + 1),
         (["child"], [], signal.SIGTERM, 128 + 15),
         (["deaf"], [], signal.SIGTERM, 128 + 9),
-        ([], ["--timeout", "0.5"], None, 128 + 15),
-        (["deaf", "child"], ["--timeout", "0.5"], None, 128 + 9),
+        ([], ["--timeout", "2"], None, 128 + 15),
+        (["deaf", "child"], ["--timeout", "2"], None, 128 + 9),
     ],
 )
 def test_signals_and_the_command(
@@ -2256,9 +2484,13 @@ def test_signals_and_the_command(
     starter = "import sys, dsmtpd; dsmtpd.KILL_TIMEOUT = 0.2; dsmtpd.main(sys.argv[1:])"
     program = [sys.executable, "-W", "error", "-c", starter, "-p", "0", *options, "--"]
     program += [sys.executable, "-c", WAITER, *words]
-    with subprocess.Popen(
-        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=HERE
-    ) as running:
+    with (
+        subprocess.Popen(
+            program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=HERE
+        ) as running,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(running.kill)
         assert running.stdout is not None
         pids = [int(running.stdout.readline()) for _ in range(1 + ("child" in words))]
         if number is not None:
@@ -2284,6 +2516,75 @@ def test_what_a_command_leaves_behind(temporary: Path) -> None:
     assert completed.returncode == 0
     assert gone(int(completed.stdout))
     assert list(temporary.iterdir()) == []
+
+
+def test_strict_and_expect(tmp_path: Path) -> None:
+    """CI can say that all mail was clean, and is told when some was not."""
+    sender = (
+        "import os, smtplib\n"
+        "with smtplib.SMTP(os.environ['SMTP_HOST'], int(os.environ['SMTP_PORT'])) as client:\n"
+        "    client.sendmail('a@b', ['c@d'], CLEAN)\n"
+        "    try: client.sendmail('a@b', ['c@d'], CLEAN + EXTRA)\n"
+        "    except smtplib.SMTPDataError as error: print(error.smtp_error.decode())\n"
+    ).replace("CLEAN", repr(CLEAN))
+    for extra, status, said in (("Bcc: x", 1, "5.6.0 bcc-header: "), ("X: y", 0, "")):
+        run = [sys.executable, "-c", sender.replace("EXTRA", repr(extra))]
+        completed = command("-p", "0", "--strict", "--expect", "1", "--", *run)
+        assert completed.returncode == status, completed.stderr
+        assert completed.stdout.startswith(said)
+        assert command("-p", "0", "--strict", "--", *run).returncode == 0
+
+
+def test_fail_on_the_command_line(tmp_path: Path) -> None:
+    completed = command("-p", "0", "--fail", "RCPT * 250", "-d", tmp_path / "mail")
+    assert completed.returncode == 2
+    assert "argument --fail: rule RCPT * >>>250<<< a code from 400 to 599" in completed.stderr
+    assert len(completed.stderr.splitlines()) == 1
+    rules = ["--fail", "RCPT * x1 451 4.7.1 Greylisted", "--fail", ". *2* 552"]
+    with process(*rules, "-d", tmp_path / "mail", cwd=tmp_path) as server:
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            with pytest.raises(smtplib.SMTPRecipientsRefused, match="Greylisted"):
+                client.sendmail("a@b", ["c@d"], "Subject: 1")
+            client.sendmail("a@b", ["c@d"], "Subject: 1")
+            with pytest.raises(smtplib.SMTPDataError, match="On purpose"):
+                client.sendmail("a@b", ["c@d"], "Subject: 2")
+        _, text = server.stop()
+    assert "rule RCPT * x1 451 4.7.1 Greylisted\n" in text
+    assert len(mailbox.Maildir(tmp_path / "mail")) == 1
+
+
+def test_clients_that_real_servers_would_mind() -> None:
+    """PHP's bare LF, smtplib with LF in 8-bit text, and a Bcc left in."""
+    with dsmtpd.capture(fail=["RCPT nobody@* 550 5.1.1 No such user"]) as inbox:
+        with smtplib.SMTP(inbox.host, inbox.port) as client:
+            client.ehlo()
+            client.mail("a@b")
+            client.rcpt("c@d")
+            client.docmd("DATA")
+            assert client.sock is not None
+            client.sock.sendall(CLEAN.replace("\r\n", "\n").encode() + b"\nHi\n\r\n.\r\n")
+            assert client.getreply()[0] == 250
+            assert inbox.wait().warnings == [
+                "bare-lf: LF without CR in the content (RFC 5321 section 2.3.8)"
+            ]
+            inbox.clear()
+            client.sendmail("a@b", ["c@d"], (CLEAN + "Bcc: e@f\r\n\r\nGrüße\n").encode())
+            assert [text.partition(":")[0] for text in inbox.wait().warnings] == [
+                "bare-lf",
+                "undeclared-8bit",
+                "bcc-header",
+            ]
+            inbox.clear()
+            message = email.message.EmailMessage()
+            message["From"], message["To"], message["Subject"] = "a@b", "c@d", "Grüße"
+            message.set_content("Grüße")
+            client.send_message(message)
+            assert [text.partition(":")[0] for text in inbox.wait().warnings] == [
+                "missing-date",
+                "missing-message-id",
+            ]
+            with pytest.raises(smtplib.SMTPRecipientsRefused, match="No such user"):
+                client.sendmail("a@b", ["nobody@d"], "")
 
 
 # --- What it prints -------------------------------------------------------------------------
@@ -2314,7 +2615,11 @@ def test_json(tmp_path: Path) -> None:
         "rcpt_options": [{}],
         "subject": "0",
         "size": 12,
-        "warnings": [],
+        "warnings": [
+            "missing-date: no Date field (RFC 5322 section 3.6.1)",
+            "missing-from: no From field (RFC 5322 section 3.6.2)",
+            "missing-message-id: no Message-ID field (RFC 5322 section 3.6.4)",
+        ],
     }
 
 
@@ -2572,7 +2877,23 @@ def test_server_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
             await main
 
     run(scenario)
-    assert capsys.readouterr().out == "a@b caf\u00e9 None\n"
+    assert capsys.readouterr().out == "a@b caf\u00e9 Sat, 21 Nov 2026 12:00:00 +0000\n"
+
+
+def test_rules_of_the_readme() -> None:
+    rules = re.findall(r"``--fail '(.*?)'``", README)
+    assert len(rules) >= 9
+    for rule in rules:
+        dsmtpd.parse_rule(rule)
+
+
+def test_warnings_of_the_readme() -> None:
+    """The names in the README's table are those that there are."""
+    table = README.partition("\nWarnings\n--------\n")[2].partition("\nIn Python\n")[0]
+    source = SCRIPT.read_text("utf-8")
+    names = set(re.findall(r"[\"'{]([a-z0-9]+(?:-[a-z0-9]+)+): ", source)) - {"max-size"}
+    names |= {"missing-date", "missing-from", "missing-message-id"}
+    assert set(re.findall(r"^``([a-z0-9-]+)``", table, re.M)) == names
 
 
 def test_options_of_the_readme() -> None:
