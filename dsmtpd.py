@@ -76,6 +76,13 @@ MAX_CONNECTIONS = 1000
 # more, so that one large message never keeps a second one out.
 MAX_CONTENT = 256 * 1024 * 1024
 
+# Octets of all addresses and parameters of one message: enough for those recipients, with
+# 512 octets each, and too little to use up the machine.
+MAX_ADDRESSES = 524_288
+
+# Characters of encoded-words in a subject that are decoded.
+MAX_ENCODED = 4096
+
 # Seconds of silence. RFC 5321 section 4.5.3.2.7 asks for five minutes.
 IDLE_TIMEOUT = 300.0
 
@@ -244,7 +251,7 @@ RCPT_PARAMETERS = {
 
 
 # bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2)
-_CHUNK = re.compile("(?P<size>[0-9]{1,20})(?P<last> +LAST)?", re.IGNORECASE | re.ASCII)
+_CHUNK = re.compile("0*(?P<size>[0-9]{1,20})(?P<last>(?![0-9]).*)")
 
 
 def extensions(config: Config, *, tls: bool, user: str | None) -> list[str]:
@@ -276,15 +283,15 @@ def parse_parameters(text: str, known: dict[str, str]) -> dict[str, str]:
     (RFC 5321 section 4.1.1.11), and 501 for a wrong value or a keyword that comes twice.
     """
     found: dict[str, str] = {}
-    for parameter in text.split():
+    for parameter in filter(None, text.split(" ")):
         keyword, equals, value = parameter.partition("=")
         keyword = keyword.upper()
         # str.upper turns some letters outside ASCII into letters inside it.
-        if keyword not in known or not parameter.isascii():
+        if keyword not in known or not parameter[: len(keyword)].isascii():
             raise SMTPError(555, "5.5.4", "Parameter not recognized")
         if keyword in found:
             raise SMTPError(501, "5.5.4", f"{keyword} is given twice")
-        if not re.fullmatch(known[keyword], equals + value, re.IGNORECASE):
+        if not re.fullmatch(known[keyword], equals + value, re.IGNORECASE | re.ASCII):
             raise SMTPError(501, "5.5.4", f"{keyword} has a wrong value")
         found[keyword] = value
     return found
@@ -313,12 +320,15 @@ def _is_ipv6(text: str) -> bool:
 
 def printable(text: str) -> str:
     """The text with what is not printable escaped, so that a log line stays one line."""
-    return text if text.isprintable() else re.sub(r"[^ -~]", _escape, text)
+    return text if text.isprintable() else re.sub(r"[^ -~]+", _escape, text)
 
 
 def _escape(match: re.Match[str]) -> str:
-    char = match[0]
-    return char if char.isprintable() else char.encode("unicode_escape").decode()
+    if match[0].isprintable():
+        return match[0]
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in match[0]
+    )
 
 
 # --- Envelope, lint, and actions ------------------------------------------------------
@@ -408,9 +418,11 @@ _ENCODED_WORDS = re.compile(f"{_ENCODED_WORD}(?: {_ENCODED_WORD})*", re.IGNORECA
 
 
 def _decode_words(match: re.Match[str]) -> str:
-    # Anything can stand in an encoded-word, and its decoders raise errors of many kinds.
+    # Anything can stand in an encoded-word: its decoders raise errors of many kinds, and take
+    # long for a long one; RFC 2047 section 2 allows 75 characters for each.
     with contextlib.suppress(Exception):
-        return str(email.header.make_header(email.header.decode_header(match[0])))
+        if len(match[0]) <= MAX_ENCODED:
+            return str(email.header.make_header(email.header.decode_header(match[0])))
     return match[0]
 
 
@@ -504,6 +516,8 @@ class Transaction:
     mail_options: dict[str, str]
     rcpt_tos: list[str] = field(default_factory=list)
     rcpt_options: list[dict[str, str]] = field(default_factory=list)
+    octets: int = 0
+    """Of the addresses and their parameters."""
     content: bytearray = field(default_factory=bytearray)
     chunks: int = 0
     """How often BDAT has added to the content."""
@@ -679,6 +693,7 @@ class Session:
         self._searched = 0
         self._line_end = b"\r\n"
         self._left = 0  # octets of the chunk that BDAT announced
+        self._guarded = False
         self._errors = 0
         self._now = datetime.min
         # Who takes the next octets off the buffer. A reader takes one unit and returns its
@@ -777,7 +792,7 @@ class Session:
             self._habits["bare-lf: LF without CR after a command (RFC 5321 section 2.3.8)"] = None
         text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" ")
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s C: %s", self.peer, _masked(text))
+            log.debug("%s C: %s", self.peer, self._masked(text))
         name, _, argument = text.partition(" ")
         verb = name.upper() if name.isascii() else ""
         if verb in _COMMANDS:
@@ -791,6 +806,16 @@ class Session:
             log.warning("%s: speaks HTTP, not SMTP", self.peer)
             raise SMTPError(421, "4.7.0", "This is not a web server")
         raise SMTPError(500, "5.5.2", "Command not recognized")
+
+    def _masked(self, text: str) -> str:
+        """The line for the log; after AUTH, a line that is no command may be a late answer."""
+        words = text.upper().split()
+        if words and "AUTH" in words[0]:
+            self._guarded = True
+            shown = ["AUTH", *(word for word in words[1:2] if word in MECHANISMS)]
+            return " ".join(shown + ["***"] * (len(words) > len(shown)))
+        secret = self._guarded and words and words[0] not in _COMMANDS
+        return "***" if secret else printable(text)
 
     def _take_line(self) -> bytes | None:
         """A bare LF ends a line as well, so that a person with netcat can type a message."""
@@ -956,7 +981,7 @@ class Session:
         return Reply(334, "", base64.b64encode(prompt.encode()).decode())
 
     def _log_in(self, user: bytes, password: bytes) -> Reply:
-        accounts = {name.encode(): word.encode() for name, word in self.config.auth.items()}
+        accounts = {os.fsencode(name): os.fsencode(word) for name, word in self.config.auth.items()}
         # RFC 4616 section 2: there is no empty user.
         if not user or (accounts and accounts.get(user) != password):
             raise SMTPError(535, "5.7.8", "Authentication failed")
@@ -1012,7 +1037,11 @@ class Session:
     def _rcpt(self, argument: str) -> Reply:
         if self.transaction is None or self.transaction.chunks:
             raise SMTPError(503, "5.5.1", "Send MAIL first, and BDAT last")
-        if len(self.transaction.rcpt_tos) >= MAX_RECIPIENTS:
+        self.transaction.octets += len(argument)
+        if (
+            len(self.transaction.rcpt_tos) >= MAX_RECIPIENTS
+            or self.transaction.octets > MAX_ADDRESSES
+        ):
             # RFC 5321 section 4.5.3.1.10
             raise SMTPError(452, "4.5.3", "Too many recipients")
         path, options = self._path(_TO.fullmatch(argument), RCPT_PARAMETERS)
@@ -1050,15 +1079,16 @@ class Session:
             raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
         self._left = int(match["size"])
         self._read = self._skip_chunk
-        proceed = partial(self._begin_chunk, last=bool(match["last"]))
-        return self._stage("BDAT", argument, proceed)
+        return self._stage("BDAT", argument, partial(self._begin_chunk, match["last"]))
 
-    def _begin_chunk(self, last: bool) -> Action | None:
+    def _begin_chunk(self, last: str) -> Action | None:
+        if last and not re.fullmatch(" +LAST", last, re.IGNORECASE | re.ASCII):
+            raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
         transaction = self._addressed()
         if 0 < self.config.max_size < len(transaction.content) + self._left:
             raise SMTPError(552, "5.3.4", "Message is larger than the maximum")
         transaction.chunks += 1
-        self._read = partial(self._read_chunk, transaction, last)
+        self._read = partial(self._read_chunk, transaction, last=bool(last))
         return self._read()
 
     def _addressed(self) -> Transaction:
@@ -1139,20 +1169,6 @@ _HTTP = frozenset(
 )
 
 
-# What may be a secret: what follows AUTH and a mechanism, and a line that could be the
-# answer to a prompt, from a client that did not wait for the reply to AUTH.
-_SECRET = re.compile(
-    r"(?P<auth>[^a-z]*AUTH[^a-z]+[a-z][^ ]* +).+"
-    r"|(?=.{8})(?:[a-z0-9+/]{4})*[a-z0-9+/]{2}[a-z0-9+/=]{2}",
-    re.IGNORECASE | re.ASCII,
-)
-
-
-def _masked(line: str) -> str:
-    match = None if line.upper() in _COMMANDS else _SECRET.fullmatch(line)
-    return printable((match["auth"] or "") + "***" if match else line)
-
-
 def _no_argument(argument: str) -> None:
     if argument:
         raise SMTPError(501, "5.5.4", "This command takes no argument")
@@ -1192,7 +1208,8 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
     helo = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", envelope.helo[:255])
     address = envelope.peer.rpartition(":")[0]
     fields = [
-        f"Return-Path: <{envelope.mail_from}>",  # RFC 5321 section 4.4
+        # RFC 5321 section 4.4. A line of blanks would end the header for some.
+        re.sub(" {100,}", " " * 99, f"Return-Path: <{envelope.mail_from}>"),
         f"X-Peer: {envelope.peer}",
         f"X-MailFrom: {_encoded(envelope.mail_from)}",
         f"X-RcptTo: {_encoded(', '.join(envelope.rcpt_tos))}",
@@ -1204,6 +1221,7 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
 
 # Characters of a folded line, of up to four octets each.
 _FOLD = 240
+_UNFOLDABLE = rf"[^ ]{{{_FOLD}}}| {{100}}"
 
 
 def _fold(line: str) -> str:
@@ -1216,7 +1234,7 @@ def _fold(line: str) -> str:
 
 def _encoded(text: str) -> str:
     """RFC 2047 encoded-words for what does not go into a header field as it is."""
-    plain = text.isascii() and "=?" not in text and not re.search(rf"[^ ]{{{_FOLD}}}", text)
+    plain = text.isascii() and "=?" not in text and not re.search(_UNFOLDABLE, text)
     if plain:
         return text
     # An encoded-word has 75 characters at most: 11 characters of up to four octets fit.
@@ -1288,13 +1306,13 @@ def _check_maildir(root: Path) -> None:
 class Server:
     """An SMTP server in the running event loop; `async with` starts and closes it.
 
-    config, or its fields as options, says how; the first positional argument and options
-    together change that config. Raises ValueError for a certificate that cannot be used.
-    deliver(envelope), a plain function, which runs in a
-    thread of its own, or an async one, takes each message: returning means 250, an
-    SMTPError is the reply, and any other exception is 451. Without it messages go into the
-    Maildir of the config; then this raises what MaildirStore raises. on_message(envelope) is
-    called in the loop with each message that was taken, before the reply to it.
+    What it does is in config, in which options, named as the fields of Config, replace what
+    they name. deliver(envelope) takes each message: a plain function, in a thread, or an async
+    one, in the loop. When it returns, the reply is 250; an SMTPError is the reply, and any
+    other exception is 451. Without it messages go into the Maildir of the config.
+    on_message(envelope) is called in the loop with each message that was taken, before the
+    reply. Raises ValueError for a certificate or a rule that cannot be used, and what
+    MaildirStore raises.
     """
 
     def __init__(
@@ -1316,6 +1334,7 @@ class Server:
         self._tls = _tls_context(self.config) if self.config.tls else None
         self._deliver = deliver or MaildirStore(self.config.directory).deliver
         self._on_message = on_message
+        self._sockets: list[socket.socket] = []
         self._listeners: list[asyncio.Server] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
         limit = max(MAX_CONTENT, 2 * self.config.max_size or float("inf"))
@@ -1326,10 +1345,10 @@ class Server:
 
     async def start(self) -> None:
         """Listen. Raises OSError, or ValueError for a host name that cannot be one."""
-        sockets = _listen(self.config.interface, self.config.port)
-        self.listening = [sock.getsockname()[:2] for sock in sockets]
+        self._sockets = _listen(self.config.interface, self.config.port)
+        self.listening = [sock.getsockname()[:2] for sock in self._sockets]
         self.host, self.port = self.listening[0]
-        for sock in sockets:
+        for sock in self._sockets:
             self._listeners.append(await asyncio.start_server(self._accept, sock=sock, limit=CHUNK))
 
     async def serve_forever(self) -> None:
@@ -1347,22 +1366,30 @@ class Server:
 
     async def close(self) -> None:
         """Stop listening, tell the clients (421 4.3.2), and finish deliveries in progress."""
-        # A client that has connected becomes one of ours in some turns of the loop, and
-        # asyncio loses those that are on their way when it stops listening.
+        await self._stop_listening()
+        for connection in self._connections.values():
+            connection.interrupt(SMTPError(421, "4.3.2", "Shutting down"))
+        await self._wait_for_connections(STOP_TIMEOUT)
+        while self._connections:
+            for connection in self._connections.values():
+                connection.give_up()
+            await self._wait_for_connections(STOP_TIMEOUT)
+        self._threads.shutdown()
+        self._closed.set()
+
+    async def _stop_listening(self) -> None:
+        # asyncio loses the clients that it has accepted and not handed over yet. It takes
+        # some turns of the loop until they are ours, and there must be no new ones meanwhile.
+        with contextlib.suppress(NotImplementedError):  # on Windows
+            for sock in self._sockets:
+                asyncio.get_running_loop().remove_reader(sock)
         for _ in range(5):
             await asyncio.sleep(0)
         for listener in self._listeners:
             listener.close()
-        for connection in self._connections.values():
-            connection.interrupt(SMTPError(421, "4.3.2", "Shutting down"))
-        await self._wait_for_connections(STOP_TIMEOUT)
-        for connection in self._connections.values():
-            connection.abort()
-        await self._wait_for_connections(None)
-        self._threads.shutdown()
-        self._closed.set()
+        self._sockets = []
 
-    async def _wait_for_connections(self, seconds: float | None) -> None:
+    async def _wait_for_connections(self, seconds: float) -> None:
         if self._connections:
             await asyncio.wait(self._connections, timeout=seconds)
 
@@ -1403,15 +1430,15 @@ class Server:
         # plain text that came after STARTTLS.
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=CHUNK)
-        protocol = asyncio.StreamReaderProtocol(reader)
+        protocol = _TLSReaderProtocol(reader)
         assert self._tls is not None
         plain = transport.get_protocol()
         try:
             secure = await loop.start_tls(transport, protocol, self._tls, server_side=True)
-            if secure is None or secure.is_closing():
+            if secure is None:
                 raise ConnectionResetError("the client is gone")
-        except OSError as error:
-            plain.connection_lost(error)  # asyncio tells the protocol of TLS only
+        except (OSError, asyncio.CancelledError):
+            plain.connection_lost(None)  # asyncio tells the protocol of TLS only
             raise
         protocol.connection_made(secure)
         return reader, asyncio.StreamWriter(secure, protocol, reader, loop)
@@ -1440,6 +1467,14 @@ class Server:
         return await result if inspect.isawaitable(result) else result
 
 
+class _TLSReaderProtocol(asyncio.StreamReaderProtocol):
+    """TLS has no half-closed connections, and asyncio warns where somebody asks for one."""
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        return False
+
+
 class Connection:
     """A client: moves octets between its socket and its session."""
 
@@ -1457,6 +1492,7 @@ class Connection:
         self._writer = writer
         self._unsent = bytearray()
         self._interrupted = asyncio.Event()
+        self._delivering = False
 
     async def run(self) -> None:
         """Talk until one side has enough of it."""
@@ -1475,18 +1511,23 @@ class Connection:
             with contextlib.suppress(OSError, SMTPError):
                 await self._in_time(self._writer.wait_closed())
 
+    # An interruption reaches a session that waits for octets, or in a Delay. One that waits
+    # until it can write is aborted; a delivery ends first, and then the session sees it. A
+    # TLS handshake does not see it: give_up() ends that.
+
     def interrupt(self, error: SMTPError) -> None:
         """End the session with this reply, at the next time it waits for the client."""
         self._interrupted.set()
         transport = self._writer.transport
         if transport.is_closing() or transport.get_write_buffer_size():
-            self.abort()  # it does not read what we say
+            transport.abort()  # it does not read what we say
         else:
             self._reader.set_exception(error)
 
-    def abort(self) -> None:
-        """End the connection, without a word."""
-        self._writer.transport.abort()
+    def give_up(self) -> None:
+        """End the connection without a word, unless a message is being delivered."""
+        if not self._delivering:
+            self._writer.transport.abort()
 
     async def _converse(self) -> None:
         data = b""
@@ -1505,7 +1546,10 @@ class Connection:
             return await self._say(action)
         await self._flush()
         if isinstance(action, Deliver):
-            return await self._say(await self._server.deliver(action.envelope))
+            self._delivering = True
+            reply = await self._server.deliver(action.envelope)
+            self._delivering = False
+            return await self._say(reply)
         if isinstance(action, StartTLS):
             await self._start_tls()
         if isinstance(action, Delay):
@@ -1633,7 +1677,7 @@ def _bind(found: list[Any]) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     with contextlib.ExitStack() as undo:
         absent = OSError("no address")
-        for family, _, _, _, (host, port, *scope) in found:
+        for family, _, _, _, (host, port, *scope) in dict.fromkeys(found):
             port = sockets[0].getsockname()[1] if sockets else port
             try:
                 sock = socket.create_server((host, port, *scope), family=family)
@@ -1842,13 +1886,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "port to listen at; 0 takes a free one (%(default)s)"
-    add("-p", "--port", type=int, default=Config.port, help=text)
+    add("-p", "--port", type=_number, default=Config.port, help=text)
     text = "address to listen at; a name means every address that it has (%(default)s)"
     add("-i", "--interface", metavar="ADDRESS", default=Config.interface, help=text)
     text = "Maildir to save into (the current directory; a temporary one for a command)"
     add("-d", "--directory", metavar="DIR", help=text)
     text = "largest message that is accepted; 0 for no limit (%(default)s)"
-    add("-s", "--max-size", metavar="BYTES", type=int, default=Config.max_size, help=text)
+    add("-s", "--max-size", metavar="BYTES", type=_number, default=Config.max_size, help=text)
     text = "refuse addresses and header fields outside ASCII"
     add("--disable-smtputf8", dest="smtputf8", action="store_false", help=text)
     text = "TLS, after the STARTTLS command or from the first octet"
@@ -1883,6 +1927,12 @@ def _account(text: str) -> tuple[str, str]:
     if not user or not colon:
         raise argparse.ArgumentTypeError("must be USER:PASSWORD")
     return user, password
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch("-?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number, as 1025, not {text}")
+    return int(text)
 
 
 def _rule(text: str) -> str:

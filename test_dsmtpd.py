@@ -40,6 +40,7 @@ SCRIPT = HERE / "dsmtpd.py"
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=timezone.utc)
 # A header section that there is nothing to say against.
 CLEAN = "From: <a@b>\r\nDate: Sat, 21 Nov 2026 12:00:00 +0000\r\nMessage-ID: <1@b>\r\n"
+OPENSSL = pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 
 
@@ -838,9 +839,10 @@ def test_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     client.codes("EHLO x", "NOOP visible", "XYZZY", "STARTTLS", "MAIL FROM:<a@b>")
     client.codes("AUTH LOGIN", secrets[1], secrets[3], f"AUTH CRAM-MD5 {secrets[0]}", secrets[0])
     client.codes(f" auth  plain {secrets[0]}", f"AUTH\tLOGIN {secrets[1]}", secrets[2])
+    client.codes("AUTH PLAIN\t" + secrets[0], "AUTH " + secrets[1], "abc", "AUTH LOGIN", "u", "uvw")
     client.codes("AUTH PLAIN " + secrets[0])
     assert client.session.user == "user"
-    assert not [word for word in [*secrets, "sesame"] if word in caplog.text]
+    assert not [word for word in [*secrets, "sesame", "abc", "uvw"] if word in caplog.text]
     assert "sesame" not in repr(client.session.config)
     for word in ("C: NOOP visible", "C: XYZZY", "C: STARTTLS", "C: ***", "C: AUTH PLAIN ***"):
         assert word in caplog.text
@@ -914,10 +916,20 @@ def test_chunks_and_the_quota() -> None:
     assert shared.held == 0
 
 
-@pytest.mark.parametrize("argument", ["", "-1", "x", "1 2", "1LAST", "1 LAST x", "9" * 21])
-def test_bdat_syntax(argument: str) -> None:
+@pytest.mark.parametrize("argument", ["", "-1", "x", " 6", "9" * 21])
+def test_bdat_without_a_size(argument: str) -> None:
     client = ready()
-    assert client.codes(f"BDAT {argument}", "NOOP") == "501 250"
+    reply = "501 250" if argument.strip() != "6" else "- 250"
+    assert client.codes(f"BDAT {argument}", "NOOP") == reply
+
+
+@pytest.mark.parametrize(
+    "argument", ["6 2", "6LAST", "6 LAST x", "6\tLAST", "0" * 30 + "6 l\u017fst"]
+)
+def test_bdat_with_a_size(argument: str) -> None:
+    """The octets are swallowed all the same."""
+    client = ready()
+    assert client.codes(f"BDAT {argument}", "QUIT", "NOOP", "DATA") == "501 - 250 503"
 
 
 def test_binary_content_is_stored_as_it_came(tmp_path: Path) -> None:
@@ -969,6 +981,15 @@ def test_recipients() -> None:
     assert replies[1000].startswith(b"452 4.5.3")
     client.codes("DATA", ".")
     assert client.envelopes[0].rcpt_tos == [f"u{n}@x" for n in range(1000)]
+
+
+def test_addresses_have_a_limit_as_well() -> None:
+    client = Client()
+    client.codes("EHLO x", "MAIL FROM:<a@b>")
+    codes = client.codes(*(f"RCPT TO:<{'x' * 12_000}{n}@y>" for n in range(50))).split()
+    assert codes == ["250"] * 43 + ["452"] * 7
+    assert client.codes("DATA", ".") == "354 250"
+    assert len(client.envelopes[0].rcpt_tos) == 43
 
 
 def test_content_held_by_all_sessions() -> None:
@@ -1591,6 +1612,75 @@ def test_a_slow_disk_holds_up_no_other_session() -> None:
     run(scenario)
 
 
+def test_close_waits_for_a_delivery_and_not_for_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dsmtpd, "STOP_TIMEOUT", 0.05)
+    ready, go = threading.Event(), threading.Event()
+
+    def deliver(envelope: Envelope) -> None:
+        ready.set()
+        assert go.wait(20)
+
+    async def scenario() -> None:
+        async with Server(port=0, deliver=deliver) as server:
+            peer, deaf = await Peer.connect(server), await Peer.connect(server)
+            await peer.reply()
+            sending = asyncio.create_task(peer.send_mail())
+            await asyncio.to_thread(ready.wait, 20)
+            # Replies that are not read fill the buffers on both sides.
+            transport = deaf.writer.transport
+            assert isinstance(transport, asyncio.Transport)
+            transport.pause_reading()
+            deaf.writer.write(b"HELP\r\n" * 100_000)
+            closing = asyncio.create_task(server.close())
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.shield(closing), 0.3)
+            go.set()
+            assert await sending == "250 2.0.0 Message accepted"
+            assert await peer.reply() == "421 4.3.2 Shutting down"
+            await closing
+            deaf.writer.transport.abort()
+            await peer.close()
+
+    run(scenario)
+
+
+def test_an_address_that_a_name_has_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found * 2)
+
+    async def scenario() -> None:
+        async with Server(interface="localhost", port=0, deliver=print) as server:
+            assert server.listening == [("127.0.0.1", server.port)]
+
+    run(scenario)
+
+
+@OPENSSL
+def test_closing_at_any_moment_of_connecting(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for tls in (None, "implicit"):
+        for turns in range(8):
+
+            async def scenario(tls: str | None = tls, turns: int = turns) -> None:
+                cert = pem / "both.pem" if tls else None
+                server = Server(tls=tls, cert=cert, port=0, deliver=print)
+                await server.start()
+                peers = [socket.socket() for _ in range(5)]
+                for peer in peers:
+                    peer.setblocking(False)
+                    peer.connect_ex((server.host, server.port))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await server.close()
+                for peer in peers:
+                    peer.close()
+
+            monkey = pytest.MonkeyPatch()
+            with monkey.context() as patch:
+                patch.setattr(dsmtpd, "STOP_TIMEOUT", 0.02)
+                run(scenario)
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsmtpd, "IDLE_TIMEOUT", 0.05)
 
@@ -1679,8 +1769,6 @@ def test_clients_that_reset(caplog: pytest.LogCaptureFixture) -> None:
 
 
 # --- TLS, on sockets ------------------------------------------------------------------------
-
-OPENSSL = pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
 
 
 @pytest.fixture(scope="module")
@@ -2063,7 +2151,8 @@ def command(
     ("arguments", "text"),
     [
         (["-p", "70000"], "argument --port: must be from 0 (any free one) to 65535, not 70000"),
-        (["-p", "x"], "argument -p/--port: invalid int value: 'x'"),
+        (["-p", "x"], "argument -p/--port: must be a whole number, as 1025, not x"),
+        (["-s", "1e6"], "argument -s/--max-size: must be a whole number, as 1025, not 1e6"),
         (["-s", "-1"], "argument --max-size: must be a number of bytes, or 0 for no limit, not -1"),
         (["-i", ""], "argument --interface: an address or a host name is needed"),
         (["--direct", "x"], "unrecognized arguments"),
