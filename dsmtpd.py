@@ -2189,18 +2189,20 @@ def _print(text: str) -> None:
 
 def _on_signals(act: Callable[[int], object]) -> None:
     """Call act in the running loop, with the number, at Ctrl-C and at SIGTERM."""
-    # loop.add_signal_handler would do, but for Windows.
     loop = asyncio.get_running_loop()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         loop.call_soon_threadsafe(act, number)
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
-        # nohup has SIGHUP ignored, and it stays so.
         number = signal.Signals.__members__.get(name)
+        # nohup has SIGHUP ignored, and it stays so.
         if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
             continue
-        signal.signal(number, on_signal)
+        try:
+            loop.add_signal_handler(number, act, number)
+        except NotImplementedError:  # on Windows, where signal.signal wakes the loop as well
+            signal.signal(number, on_signal)
 
 
 if __name__ == "__main__":
