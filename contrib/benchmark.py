@@ -95,6 +95,7 @@ import asyncore, smtpd, sys
 class Sink(smtpd.SMTPServer):
     def process_message(self, *message, **options): pass
 server = Sink(("127.0.0.1", int(sys.argv[1])), None)
+server.listen(1024)  # with the 5 of its own, twenty clients block it
 asyncore.loop(use_poll=True)
 """
 SMTP_SERVER = """
@@ -229,7 +230,8 @@ def _filled(word: str, words: dict[str, str]) -> str:
 
 
 def _spawn(command: list[str], stack: contextlib.ExitStack) -> subprocess.Popen[bytes]:
-    cwd = CACHE if "node" in Path(command[0]).name else ROOT
+    # A module is looked up in the current directory first: ours is in the one, none in the other.
+    cwd = ROOT if command[0] == sys.executable else CACHE
     null = subprocess.DEVNULL
     process = subprocess.Popen(command, cwd=cwd, stdin=null, stdout=null, stderr=null)
     stack.callback(_end, process)
