@@ -6,7 +6,7 @@ Usage::
     python contrib/benchmark.py --quick      # some minutes; everything, without --quick
 
 Each server is started on the loopback interface and gets its messages from a load generator
-of its own: one thread, prepared requests, no pipelining, as most clients do it. The servers
+of its own: one thread, prepared requests, and, but for one row, no pipelining. The servers
 of a row take turns, run by run; what is printed is the median and the range of the runs. A
 server that is not installed is left out. For Linux; other systems with ``ps`` will do, with
 coarser figures of CPU time and memory.
@@ -326,6 +326,7 @@ class Peak:
 
 EHLO = b"EHLO client.example.com\r\n"
 ENVELOPE = (b"MAIL FROM:<app@example.com>\r\n", b"RCPT TO:<user@example.net>\r\n", b"DATA\r\n")
+PIPELINED = b"".join(ENVELOPE)
 HEADER = b"""\
 From: Application <app@example.com>\r
 To: user@example.net\r
@@ -343,10 +344,12 @@ def make_content(size: int) -> bytes:
     return content[: size - 2] + b"\r\n.\r\n"
 
 
-def is_complete(reply: bytes) -> bool:
-    """Whether the last line of a reply is there: one with a blank behind its code."""
-    start = reply.rfind(b"\n", 0, -1) + 1
-    return reply.endswith(b"\n") and reply[start + 3 : start + 4] == b" "
+def is_complete(replies: bytes, count: int = 1) -> bool:
+    """Whether so many last lines of replies are there: those with a blank behind the code."""
+    if count > 1:
+        return sum(line[3:4] == b" " for line in replies.split(b"\n")[:-1]) >= count
+    start = replies.rfind(b"\n", 0, -1) + 1
+    return replies.endswith(b"\n") and replies[start + 3 : start + 4] == b" "
 
 
 def open_session(port: int, hello: bytes = EHLO) -> socket.socket:
@@ -371,6 +374,7 @@ class Connection:
         self.sock = sock
         self._talk = talk
         self._reply = b""
+        self._replies = 1
         self._unsent = memoryview(b"")
 
     @property
@@ -385,7 +389,7 @@ class Connection:
             return True
         data = self.sock.recv(4096)
         reply = self._reply + data
-        if data and not is_complete(reply):
+        if data and not is_complete(reply, self._replies):
             self._reply = reply
             return True
         if reply[:1] not in (b"2", b"3"):
@@ -393,8 +397,13 @@ class Connection:
         self._reply = b""
         request = next(self._talk, b"")
         if request:
-            self._send(memoryview(request))
+            self.send(request)
         return bool(request)
+
+    def send(self, request: bytes) -> None:
+        """Send a request: one or several commands, or a message."""
+        self._replies = 3 if request is PIPELINED else 1
+        self._send(memoryview(request))
 
     def _send(self, data: memoryview) -> None:
         self._unsent = data[self.sock.send(data) :]
@@ -403,11 +412,11 @@ class Connection:
 class Load:
     """What the connections of one run have in common, and the loop that drives them."""
 
-    def __init__(self, port: int, content: bytes, *, single: bool, limit: int) -> None:
+    def __init__(self, port: int, message: tuple[bytes, ...], single: bool, limit: int) -> None:
         self.done = 0
         self.seconds = 0.0
         self._port = port
-        self._message = (*ENVELOPE, content)
+        self._message = message
         self._single = single
         self._limit = limit
         self._to_open = 0
@@ -421,8 +430,7 @@ class Load:
             began = time.perf_counter()
             self._deadline = began + seconds
             for sock in opened:
-                self._add(sock, self._many())
-                sock.send(self._message[0])
+                self._add(sock, self._many()).send(self._message[0])
             self._to_open = connections - len(opened)
             for _ in range(min(RAMP, self._to_open)):
                 self._open_next()
@@ -464,10 +472,12 @@ class Load:
             sock.connect_ex((HOST, self._port))
             self._add(sock, self._one())
 
-    def _add(self, sock: socket.socket, talk: Iterator[bytes]) -> None:
+    def _add(self, sock: socket.socket, talk: Iterator[bytes]) -> Connection:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._selector.register(sock, selectors.EVENT_READ, Connection(sock, talk))
+        connection = Connection(sock, talk)
+        self._selector.register(sock, selectors.EVENT_READ, connection)
+        return connection
 
     def _one(self) -> Iterator[bytes]:
         """The requests of a session with one message, each after the reply to the last."""
@@ -490,13 +500,30 @@ class Load:
 # --- What is measured -----------------------------------------------------------------
 
 
-def measure_messages(
-    server: Running, seconds: float, *, size: int, connections: int, single: bool = False
-) -> Sample:
+@dataclass(frozen=True)
+class Traffic:
+    """What small messages arrive in."""
+
+    connections: int
+    single: bool = False
+    """One message per connection, not many."""
+    pipelined: bool = False
+    """MAIL, RCPT and DATA in one go (RFC 2920), not each after the reply to the last."""
+    size: int = 2048
+
+    def __str__(self) -> str:
+        mode = "one" if self.single else "many"
+        pipelined = ", pipelined" if self.pipelined else ""
+        return f"{mode} per connection, {self.connections} connections{pipelined}"
+
+
+def measure_messages(server: Running, seconds: float, *, traffic: Traffic) -> Sample:
     """The rate of messages, and the CPU time that each takes."""
-    load = Load(server.port, make_content(size), single=single, limit=MAX_MESSAGES)
+    envelope = (PIPELINED,) if traffic.pipelined else ENVELOPE
+    message = (*envelope, make_content(traffic.size))
+    load = Load(server.port, message, traffic.single, MAX_MESSAGES)
     cpu, own = server.cpu(), time.process_time()
-    load.run(connections, seconds)
+    load.run(traffic.connections, seconds)
     return {
         "rate": load.done / load.seconds,
         "cpu": (server.cpu() - cpu) / load.done * 1e6,
@@ -506,7 +533,7 @@ def measure_messages(
 
 def measure_large(server: Running, seconds: float, *, size: int, count: int) -> Sample:
     """Megabytes a second, CPU time, and the peak of memory, of some messages in a row."""
-    load = Load(server.port, make_content(size), single=False, limit=count)
+    load = Load(server.port, (*ENVELOPE, make_content(size)), False, count)
     cpu = server.cpu()
     with Peak(server) as peak:
         load.run(1, STALLED)
@@ -517,15 +544,13 @@ def measure_large(server: Running, seconds: float, *, size: int, count: int) -> 
     }
 
 
-def measure_smtp_source(
-    server: Running, seconds: float, *, connections: int, single: bool = False
-) -> Sample:
+def measure_smtp_source(server: Running, seconds: float, *, traffic: Traffic) -> Sample:
     """The same as measure_messages, with another load generator."""
     program = _find("smtp-source")
     if program is None:
         raise BenchmarkError("smtp-source is not installed")
-    many = [] if single else ["-d"]
-    options = ["-4", "-l", "1800", "-m", "500", "-s", str(connections), *many]
+    many = [] if traffic.single else ["-d"]
+    options = ["-4", "-l", "1800", "-m", "500", "-s", str(traffic.connections), *many]
     command = [program, *options, f"{HOST}:{server.port}"]
     cpu, began, done = server.cpu(), time.perf_counter(), 0
     while not done or (time.perf_counter() - began < seconds and done < MAX_MESSAGES):
@@ -602,16 +627,16 @@ def make_rows() -> list[Row]:
 
 def _small(what: str, storage: str, peers: list[Peer]) -> list[Row]:
     """2 KiB messages, in every way."""
-    rows = []
-    for mode in ("one", "many"):
-        for count in (1, 20, 200):
-            measure = partial(measure_messages, size=2048, connections=count, single=mode == "one")
-            name = f"2 KiB, {what}, {mode} per connection, {count} connections"
-            rows.append(Row(name, measure, peers, storage))
-        if storage == "tmpfs" and _find("smtp-source"):
-            source = partial(measure_smtp_source, connections=20, single=mode == "one")
-            name = f"2 KiB, {what}, {mode} per connection, 20 connections, smtp-source"
-            rows.append(Row(name, source, peers, storage))
+    kinds = [Traffic(count, single) for single in (True, False) for count in (1, 20, 200)]
+    kinds.append(Traffic(20, pipelined=True))
+    rows = [
+        Row(f"2 KiB, {what}, {kind}", partial(measure_messages, traffic=kind), peers, storage)
+        for kind in kinds
+    ]
+    if storage == "tmpfs" and _find("smtp-source"):
+        for kind in (Traffic(20, True), Traffic(20)):
+            source = partial(measure_smtp_source, traffic=kind)
+            rows.append(Row(f"2 KiB, {what}, {kind}, smtp-source", source, peers, storage))
     return rows
 
 
@@ -625,7 +650,7 @@ def _large(storage: str, peers: list[Peer]) -> list[Row]:
 
 def _special(storage: str, stores: list[Peer]) -> list[Row]:
     """What changes when dsmtpd runs in another way."""
-    measure = partial(measure_messages, size=2048, connections=20)
+    measure = partial(measure_messages, traffic=Traffic(20))
     old_full = replace(stores[1], messages=100_000, name="dsmtpd 1.2, 100,000 there")
     rows = [Row(f"100,000 there, {storage}", measure, [OURS_FULL, OURS, old_full], storage)]
     if storage == "tmpfs":
@@ -692,6 +717,8 @@ class Benchmark:
         """Run the servers of the row in turns."""
         if row.storage not in self._storages:
             return self._note(f"{row.name}: there is no tmpfs here")
+        if row.peers[0].missing:
+            return self._note(f"{row.name}: {row.peers[0].missing}")
         found: dict[str, list[Sample]] = {}
         with contextlib.ExitStack() as stack:
             turns = [(peer, self._turns(row, peer)) for peer in self._chosen(row)]
