@@ -715,25 +715,31 @@ class Benchmark:
 
     def measure(self, row: Row) -> None:
         """Run the servers of the row in turns."""
-        if row.storage not in self._storages:
-            return self._note(f"{row.name}: there is no tmpfs here")
-        if row.peers[0].missing:
-            return self._note(f"{row.name}: {row.peers[0].missing}")
+        ours = row.peers[0]
+        missing = ours.missing or ("" if row.storage in self._storages else "there is no tmpfs")
+        if missing:
+            self._note(f"{row.name}: {missing}")
+            return
         found: dict[str, list[Sample]] = {}
         with contextlib.ExitStack() as stack:
-            turns = [(peer, self._turns(row, peer)) for peer in self._chosen(row)]
-            for _, turn in turns:
+            turns = {peer.name: self._turns(row, peer) for peer in self._chosen(row)}
+            for turn in turns.values():
                 stack.callback(turn.close)
             for _ in range(self._runs):
-                for peer, turn in turns:
-                    try:
-                        found.setdefault(peer.name, []).append(next(turn))
-                    except StopIteration:  # it failed in a turn before
-                        continue
-                    except (BenchmarkError, OSError, subprocess.SubprocessError) as error:
-                        self._note(f"{row.name}: {peer.name}: {error}")
-        self.results[row.name] = {name: samples for name, samples in found.items() if samples}
-        return None
+                for name, turn in turns.items():
+                    found.setdefault(name, []).extend(self._take(f"{row.name}: {name}", turn))
+        if found[ours.name]:
+            self.results[row.name] = {name: taken for name, taken in found.items() if taken}
+
+    def _take(self, name: str, turn: Generator[Sample, None, None]) -> list[Sample]:
+        """The next sample; none of a server that has failed, now or in a turn before."""
+        try:
+            return [next(turn)]
+        except StopIteration:
+            return []
+        except (BenchmarkError, OSError, subprocess.SubprocessError) as error:
+            self._note(f"{name}: {error}")
+            return []
 
     def _chosen(self, row: Row) -> list[Peer]:
         chosen = [row.peers[0]]
@@ -926,7 +932,11 @@ def parse_args() -> argparse.Namespace:
     text = "compare with the peers with this in their name only"
     add("--peer", metavar="PATTERN", action="append", default=[], help=text)
     add("--list", action="store_true", help="print the names of the rows and end")
-    add("--json", action="store_true", help="print one JSON object with every run, no tables")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object with every run, and the tables to standard error",
+    )
     return parser.parse_args()
 
 
@@ -950,26 +960,34 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Measure what is asked for."""
     arguments = parse_args()
-    if arguments.install:
-        return install()
-    rows = [row for row in make_rows() if _matches(row.name, arguments.row)]
-    if arguments.list:
-        return print("\n".join(row.name for row in rows))
     signal.signal(signal.SIGTERM, _on_sigterm)
+    rows = [row for row in make_rows() if _matches(row.name, arguments.row)]
+    if arguments.install:
+        install()
+    elif arguments.list:
+        print("\n".join(row.name for row in rows))
+    else:
+        run(arguments, rows)
+
+
+def run(arguments: argparse.Namespace, rows: list[Row]) -> None:
+    """Measure the rows, and print each when it is done."""
     with make_storages() as storages:
         benchmark = Benchmark(arguments, storages)
         try:
             for row in rows:
                 benchmark.measure(row)
                 found = benchmark.results.get(row.name)
-                if found and not arguments.json:
-                    print(format_row(row.name, found) + "\n", flush=True)
+                if found:
+                    out = sys.stderr if arguments.json else sys.stdout
+                    print(format_row(row.name, found) + "\n", file=out, flush=True)
         except KeyboardInterrupt:
             print("Interrupted; what follows is what there is", file=sys.stderr)
     if arguments.json:
-        return print(json.dumps(report(benchmark), indent=2))
-    print(format_targets(check_targets(benchmark.results)) + "\n")
-    return print(format_explanation(benchmark.results))
+        print(json.dumps(report(benchmark), indent=2))
+    else:
+        print(format_targets(check_targets(benchmark.results)) + "\n")
+        print(format_explanation(benchmark.results))
 
 
 if __name__ == "__main__":
