@@ -954,7 +954,7 @@ def make_storages() -> Iterator[dict[str, Path]]:
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+    raise KeyboardInterrupt
 
 
 def main() -> None:
