@@ -49,6 +49,9 @@ STALLED = 20.0
 # Messages of one run; what the messages of a row take on tmpfs stays below 1 GB.
 MAX_MESSAGES = 10_000
 
+# Connections that are opened together where they are not measured.
+BATCH = 50
+
 # Connections of one run that wait for their greeting at the beginning: fewer than the backlog
 # of any server, where one more would wait a second for its next try.
 RAMP = 4
@@ -255,7 +258,7 @@ def _wait_until_ready(peer: Peer, process: subprocess.Popen[bytes], port: int) -
     while time.perf_counter() < deadline:
         if process.poll() is not None:
             raise BenchmarkError(f"ended at once, with status {process.returncode}")
-        with contextlib.suppress(ConnectionRefusedError), open_session(port, b"") as sock:
+        with contextlib.suppress(ConnectionRefusedError), open_session(port) as sock:
             sock.sendall(b"QUIT\r\n")
             return
         time.sleep(0.0005)
@@ -352,19 +355,41 @@ def is_complete(replies: bytes, count: int = 1) -> bool:
     return replies.endswith(b"\n") and replies[start + 3 : start + 4] == b" "
 
 
-def open_session(port: int, hello: bytes = EHLO) -> socket.socket:
-    """A connection that was greeted and, unless hello is empty, has said it."""
+def open_session(port: int) -> socket.socket:
+    """A connection that was greeted."""
     sock = socket.create_connection((HOST, port), timeout=STALLED)
-    for request in (b"", hello) if hello else (b"",):
-        sock.sendall(request)
-        reply = b""
-        while not is_complete(reply):
-            data = sock.recv(4096)
-            if not data:
-                sock.close()
-                raise BenchmarkError("closes the connection")
-            reply += data
+    try:
+        _ask(sock, b"")
+    except BaseException:
+        sock.close()
+        raise
     return sock
+
+
+def open_sessions(port: int, count: int, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """Connections that were greeted and have said EHLO; the stack closes them."""
+    sockets: list[socket.socket] = []
+    while len(sockets) < count:
+        # Some at a time: there are servers that think for a tenth of a second before they greet.
+        batch = min(BATCH, count - len(sockets))
+        opened = [socket.create_connection((HOST, port), STALLED) for _ in range(batch)]
+        for sock in opened:
+            stack.callback(sock.close)
+        for sock in opened:
+            _ask(sock, b"")
+            _ask(sock, EHLO)
+        sockets += opened
+    return sockets
+
+
+def _ask(sock: socket.socket, request: bytes) -> None:
+    sock.sendall(request)
+    reply = b""
+    while not is_complete(reply):
+        data = sock.recv(4096)
+        if not data:
+            raise BenchmarkError("closes the connection")
+        reply += data
 
 
 class Connection:
@@ -425,8 +450,10 @@ class Load:
 
     def run(self, connections: int, seconds: float) -> None:
         """Send messages for that long; those that have begun are sent to their end."""
-        try:
-            opened = [] if self._single else [open_session(self._port) for _ in range(connections)]
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._close)
+            count = 0 if self._single else connections
+            opened = open_sessions(self._port, count, stack)
             began = time.perf_counter()
             self._deadline = began + seconds
             for sock in opened:
@@ -436,10 +463,11 @@ class Load:
                 self._open_next()
             self._loop()
             self.seconds = time.perf_counter() - began
-        finally:
-            for key in list(self._selector.get_map().values()):
-                key.data.sock.close()
-            self._selector.close()
+
+    def _close(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            key.data.sock.close()
+        self._selector.close()
 
     def _loop(self) -> None:
         selector = self._selector
@@ -569,8 +597,7 @@ def measure_idle(server: Running, seconds: float, *, connections: int) -> Sample
     _allow_open_files(connections + 100)
     before = server.memory("VmRSS")
     with contextlib.ExitStack() as stack:
-        for _ in range(connections):
-            stack.enter_context(open_session(server.port))
+        open_sessions(server.port, connections, stack)
         return {"idle": (server.memory("VmRSS") - before) / connections}
 
 
