@@ -37,7 +37,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import format_datetime
@@ -192,6 +192,7 @@ class SMTPError(Exception):
 
 OK = Reply(250, "2.0.0", "OK")
 BYE = Reply(221, "2.0.0", "Bye")
+ACCEPTED = Reply(250, "2.0.0", "Message accepted")
 
 
 # --- Grammar --------------------------------------------------------------------------
@@ -199,27 +200,29 @@ BYE = Reply(221, "2.0.0", "Bye")
 # Every expression takes one look at each character, whatever the text, so that no
 # client can make one slow.
 
-# RFC 6531 section 3.3: UTF8-non-ascii. Not the C1 controls, which terminals obey.
-_UTF8 = "\u00a0-\ud7ff\ue000-\U0010ffff"
+# The classes say what is not in them: that compiles in a tenth of the time. None has the C0
+# and C1 controls, which terminals obey, or what the decoder makes of octets that are not
+# UTF-8; all have UTF8-non-ascii (RFC 6531 section 3.3).
+_NOT_TEXT = r"\x00-\x1f\x7f-\x9f\ud800-\udfff"
 # RFC 5322 section 3.2.3: atext, and RFC 5321 section 4.1.2: Dot-string
-_ATEXT = rf"[a-z0-9!#$%&'*+\-/=?^_`{{|}}~{_UTF8}]"
+_ATEXT = rf'[^{_NOT_TEXT} "(),.:;<>@\[\\\]]'
 _DOT_STRING = rf"{_ATEXT}+(?:\.{_ATEXT}+)*"
 # Quoted-string = DQUOTE *(qtextSMTP / quoted-pairSMTP) DQUOTE
-_QUOTED_STRING = rf'"(?:[ !#-\[\]-~{_UTF8}]|\\[ -~])*"'
+_QUOTED_STRING = rf'"(?:[^{_NOT_TEXT}"\\]|\\[ -~])*"'
 # Domain = sub-domain *("." sub-domain); hyphens only inside a sub-domain
-_SUB_DOMAIN = rf"[a-z0-9{_UTF8}]+(?:-+[a-z0-9{_UTF8}]+)*"
+_LET_DIG = rf"[^{_NOT_TEXT} -/:-@\[-`{{-~]"
+_SUB_DOMAIN = rf"{_LET_DIG}+(?:-+{_LET_DIG}+)*"
 _DOMAIN = rf"{_SUB_DOMAIN}(?:\.{_SUB_DOMAIN})*"
 # RFC 5321 section 4.1.3: IPv4-, IPv6- and General-address-literal
 _SNUM = r"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9]{1,2})"
 _LITERAL = (
-    rf"\[(?:{_SNUM}(?:\.{_SNUM}){{3}}|IPv6:(?P<ipv6>[0-9a-f:.]+)"
-    r"|(?!IPv6:)(?:[a-z0-9]|-+[a-z0-9])+:[!-Z^-~]+)\]"
+    rf"\[(?:{_SNUM}(?:\.{_SNUM}){{3}}|(?i:IPv6):(?P<ipv6>[0-9A-Fa-f:.]+)"
+    r"|(?!(?i:IPv6):)(?:[A-Za-z0-9]|-+[A-Za-z0-9])+:[!-Z^-~]+)\]"
 )
 # A-d-l = At-domain *( "," At-domain )
 _ROUTE = rf"@{_DOMAIN}(?:,@{_DOMAIN})*:"
 _MAILBOX = re.compile(
-    rf"(?:{_ROUTE})?(?P<mailbox>(?:{_DOT_STRING}|{_QUOTED_STRING})(?:@(?:{_DOMAIN}|{_LITERAL}))?)",
-    re.IGNORECASE | re.ASCII,
+    rf"(?:{_ROUTE})?(?P<mailbox>(?:{_DOT_STRING}|{_QUOTED_STRING})(?:@(?:{_DOMAIN}|{_LITERAL}))?)"
 )
 # The brackets of a path, which a quoted string may contain too; an unbalanced quote ends
 # up inside, for parse_path to refuse. RFC 5321 section 3.3 forbids the blank after the
@@ -229,7 +232,7 @@ _FROM = re.compile("FROM" + _PATH, re.IGNORECASE | re.ASCII)
 _TO = re.compile("TO" + _PATH, re.IGNORECASE | re.ASCII)
 # What names a client in EHLO: anything visible, in one word. RFC 5321 section 4.1.1.1 wants
 # a domain or an address literal; what applications have is the name of their machine.
-_HELO = re.compile(f"[!-~{_UTF8}]+")
+_HELO = re.compile(f"[^{_NOT_TEXT} ]+")
 
 # RFC 3461 section 4: xtext = *( xchar / hexchar )
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
@@ -1332,8 +1335,12 @@ class Server:
         self.listening: list[tuple[str, int]] = []
         """All of them, as (address, port)."""
         self._tls = _tls_context(self.config) if self.config.tls else None
-        self._deliver = deliver or MaildirStore(self.config.directory).deliver
+        self._deliver: Callable[[Envelope], Any] = (
+            deliver or MaildirStore(self.config.directory).deliver
+        )
+        self._deliver_in_loop = inspect.iscoroutinefunction(self._deliver)
         self._on_message = on_message
+        self._buffer = memoryview(bytearray(CHUNK))
         self._sockets: list[socket.socket] = []
         self._listeners: list[asyncio.Server] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
@@ -1348,8 +1355,16 @@ class Server:
         self._sockets = _listen(self.config.interface, self.config.port)
         self.listening = [sock.getsockname()[:2] for sock in self._sockets]
         self.host, self.port = self.listening[0]
+        loop = asyncio.get_running_loop()
         for sock in self._sockets:
-            self._listeners.append(await asyncio.start_server(self._accept, sock=sock, limit=CHUNK))
+            listener = await loop.create_server(self._streams, sock=sock, backlog=MAX_CONNECTIONS)
+            self._listeners.append(listener)
+
+    def _streams(self) -> asyncio.StreamReaderProtocol:
+        # What was read is copied at once, so that one buffer will do for the loop; but on
+        # Windows the system fills the buffer of each connection while it waits.
+        buffer = memoryview(bytearray(CHUNK)) if sys.platform == "win32" else self._buffer
+        return _StreamProtocol(buffer, self._accept)
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""
@@ -1456,15 +1471,33 @@ class Server:
             envelope = result
         if self._on_message is not None:
             self._on_message(envelope)
-        log.info("%s: %s", envelope.peer, _summary(envelope))
-        return Reply(250, "2.0.0", "Message accepted")
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s: %s", envelope.peer, _summary(envelope))
+        return ACCEPTED
 
     async def _hand_over(self, envelope: Envelope) -> object:
-        if inspect.iscoroutinefunction(self._deliver):
+        if self._deliver_in_loop:
             return await self._deliver(envelope)
         loop = asyncio.get_running_loop()
         result = await loop.run_in_executor(self._threads, self._deliver, envelope)
         return await result if inspect.isawaitable(result) else result
+
+
+class _StreamProtocol(asyncio.StreamReaderProtocol, asyncio.BufferedProtocol):
+    """Streams that read into a buffer of ours, and not each time into a new one of 256 KiB.
+
+    That makes half of the time that a short message takes.
+    """
+
+    def __init__(self, buffer: memoryview, accept: Callable[..., Any]) -> None:
+        super().__init__(asyncio.StreamReader(limit=CHUNK), accept)
+        self._buffer = buffer
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self._buffer[:nbytes]))
 
 
 class _TLSReaderProtocol(asyncio.StreamReaderProtocol):
@@ -1493,6 +1526,10 @@ class Connection:
         self._unsent = bytearray()
         self._interrupted = asyncio.Event()
         self._delivering = False
+        self._loop = asyncio.get_running_loop()
+        self._waiting_since: float | None = None
+        """When it began to wait for the client, while it does."""
+        self._timer = self._loop.call_later(IDLE_TIMEOUT, self._watch)
 
     async def run(self) -> None:
         """Talk until one side has enough of it."""
@@ -1508,8 +1545,10 @@ class Connection:
         finally:
             self._session.close()
             self._writer.close()
+            self._waiting_since = self._loop.time()
             with contextlib.suppress(OSError, SMTPError):
-                await self._in_time(self._writer.wait_closed())
+                await self._writer.wait_closed()
+            self._timer.cancel()
 
     # An interruption reaches a session that waits for octets, or in a Delay. One that waits
     # until it can write is aborted; a delivery ends first, and then the session sees it. A
@@ -1536,7 +1575,9 @@ class Connection:
                 if not await self._perform(action):
                     return
             await self._flush()
-            data = await self._in_time(self._reader.read(CHUNK))
+            self._waiting_since = self._loop.time()
+            data = await self._reader.read(CHUNK)
+            self._waiting_since = None
             if not data:
                 return
 
@@ -1583,16 +1624,27 @@ class Connection:
         if self._unsent:
             self._writer.write(bytes(self._unsent))
             self._unsent.clear()
-            await self._in_time(self._writer.drain())
+            if self._writer.transport.get_write_buffer_size():
+                await self._drain()
 
-    async def _in_time(self, waiting: Awaitable[Any]) -> Any:
-        timer = asyncio.get_running_loop().call_later(
-            IDLE_TIMEOUT, self.interrupt, SMTPError(421, "4.4.2", "Silent for too long")
-        )
-        try:
-            return await waiting
-        finally:
-            timer.cancel()
+    async def _drain(self) -> None:
+        self._waiting_since = self._loop.time()
+        await self._writer.drain()
+        self._waiting_since = None
+
+    def _watch(self) -> None:
+        """Look whether the client is silent for too long, and when to look again.
+
+        One timer for the whole connection: one for each wait would take a fifth of the time
+        of a session.
+        """
+        now = self._loop.time()
+        end = (now if self._waiting_since is None else self._waiting_since) + IDLE_TIMEOUT
+        if end <= now:
+            self.interrupt(SMTPError(421, "4.4.2", "Silent for too long"))
+            self._waiting_since = now
+            end = now + IDLE_TIMEOUT
+        self._timer = self._loop.call_at(end, self._watch)
 
 
 def _tls_context(config: Config) -> ssl.SSLContext:
