@@ -156,22 +156,21 @@ class Reply:
     text: str
 
     def __bytes__(self) -> bytes:
-        return _encode(self)
+        return self._octets
+
+    # Most replies are constants, and said all day.
+    @cached_property
+    def _octets(self) -> bytes:
+        # RFC 2034 section 4: the status code stands on every line.
+        status = self.status and self.status + " "
+        *lines, last = [status + line for line in self.text.split("\n")]
+        rows = [f"{self.code}-{line}\r\n" for line in lines] + [f"{self.code} {last}\r\n"]
+        return "".join(rows).encode("ascii", "replace")
 
     @property
     def closes(self) -> bool:
         """Whether the server closes the connection after it (RFC 5321 section 3.8)."""
         return self.code in (221, 421)
-
-
-# The same few replies are said all day: this saves a tenth of the time of a session.
-@lru_cache(maxsize=256)
-def _encode(reply: Reply) -> bytes:
-    # RFC 2034 section 4: the status code stands on every line.
-    status = reply.status and reply.status + " "
-    *lines, last = [status + line for line in reply.text.split("\n")]
-    rows = [f"{reply.code}-{line}\r\n" for line in lines] + [f"{reply.code} {last}\r\n"]
-    return "".join(rows).encode("ascii", "replace")
 
 
 class SMTPError(Exception):
@@ -192,6 +191,9 @@ class SMTPError(Exception):
 
 OK = Reply(250, "2.0.0", "OK")
 BYE = Reply(221, "2.0.0", "Bye")
+SENDER_OK = Reply(250, "2.1.0", "Sender OK")
+RECIPIENT_OK = Reply(250, "2.1.5", "Recipient OK")
+SEND_DATA = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
 ACCEPTED = Reply(250, "2.0.0", "Message accepted")
 
 
@@ -306,10 +308,11 @@ def parse_mailbox(text: str, status: str) -> str:
     Returns the address without the source route (RFC 5321 appendix C). Raises SMTPError
     501 with the enhanced status given, or 5.5.2 where the text is not valid UTF-8.
     """
-    if re.search("[\udc80-\udcff]", text):  # what the decoder made of stray octets
+    # What the decoder made of octets that are not UTF-8
+    if not text.isascii() and re.search("[\udc80-\udcff]", text):
         raise SMTPError(501, "5.5.2", "Address is not valid UTF-8")
     match = _MAILBOX.fullmatch(text)
-    if match is None or not _is_ipv6(match["ipv6"] or "::"):
+    if match is None or not (match["ipv6"] is None or _is_ipv6(match["ipv6"])):
         raise SMTPError(501, status, "Bad address syntax")
     return match["mailbox"]
 
@@ -434,6 +437,11 @@ _FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.MULTILINE)
 # Octets of the header section that are looked at for its fields.
 _FIELDS_WITHIN = 1_048_576
 # RFC 5322 section 3.6
+_REQUIRED_FIELDS = {
+    b"date": "missing-date: no Date field (RFC 5322 section 3.6.1)",
+    b"from": "missing-from: no From field (RFC 5322 section 3.6.2)",
+    b"message-id": "missing-message-id: no Message-ID field (RFC 5322 section 3.6.4)",
+}
 _UNIQUE_FIELDS = (
     *("Date", "From", "Sender", "Reply-To", "To", "Cc", "Bcc"),
     *("Message-ID", "In-Reply-To", "References", "Subject"),
@@ -478,18 +486,16 @@ def _lint_lines(content: bytes) -> list[str]:
 
 def _lint_fields(content: bytes) -> list[str]:
     header, _ = _split(content[:_FIELDS_WITHIN])
-    names = [name.lower().decode() for name in _FIELD_NAME.findall(header)]
-    warnings = [
-        f"missing-{name.lower()}: no {name} field (RFC 5322 section 3.6{section})"
-        for name, section in (("Date", ".1"), ("From", ".2"), ("Message-ID", ".4"))
-        if name.lower() not in names
-    ]
-    warnings += [
-        f"duplicate-field: more than one {name} field (RFC 5322 section 3.6)"
-        for name in _UNIQUE_FIELDS
-        if names.count(name.lower()) > 1
-    ]
-    if "bcc" in names:
+    names = _FIELD_NAME.findall(header.lower())
+    once = set(names)
+    warnings = [text for name, text in _REQUIRED_FIELDS.items() if name not in once]
+    if len(names) > len(once):
+        warnings += [
+            f"duplicate-field: more than one {name} field (RFC 5322 section 3.6)"
+            for name in _UNIQUE_FIELDS
+            if names.count(name.lower().encode()) > 1
+        ]
+    if b"bcc" in once:
         warnings.append("bcc-header: a Bcc field tells everybody (RFC 5322 section 3.6.3)")
     return warnings
 
@@ -800,9 +806,10 @@ class Session:
         verb = name.upper() if name.isascii() else ""
         if verb in _COMMANDS:
             argument = argument.lstrip(" ")
-            proceed = partial(_COMMANDS[verb], self, argument)
             # BDAT asks the rules itself, when it knows what to skip.
-            return proceed() if verb == "BDAT" else self._stage(verb, _about(argument), proceed)
+            if not self._shared.rules or verb == "BDAT":
+                return _COMMANDS[verb](self, argument)
+            return self._stage(verb, _about(argument), partial(_COMMANDS[verb], self, argument))
         if verb in _NOT_SERVED:
             raise SMTPError(502, "5.5.1", "Command not implemented")
         if verb in _HTTP:
@@ -1035,7 +1042,7 @@ class Session:
         if 0 < self.config.max_size < int(options.get("SIZE", 0)):
             raise SMTPError(552, "5.3.4", "Message is larger than the maximum")
         self.transaction = Transaction(mail_from, options)
-        return Reply(250, "2.1.0", "Sender OK")
+        return SENDER_OK
 
     def _rcpt(self, argument: str) -> Reply:
         if self.transaction is None or self.transaction.chunks:
@@ -1052,7 +1059,7 @@ class Session:
         _check_declared(rcpt_to, self.transaction.mail_options)
         self.transaction.rcpt_tos.append(rcpt_to)
         self.transaction.rcpt_options.append(options)
-        return Reply(250, "2.1.5", "Recipient OK")
+        return RECIPIENT_OK
 
     def _path(
         self, match: re.Match[str] | None, known: dict[str, str]
@@ -1074,7 +1081,7 @@ class Session:
         self._must_be_last("DATA")
         self._buffer[:0] = self._line_end
         self._read = partial(self._read_content, transaction)
-        return Reply(354, "", "End data with <CR><LF>.<CR><LF>")
+        return SEND_DATA
 
     def _bdat(self, argument: str) -> Action | None:
         match = _CHUNK.fullmatch(argument)
@@ -1538,7 +1545,7 @@ class Connection:
                 await self._start_tls()
             await self._converse()
         except SMTPError as error:  # interrupted
-            self._write(error.reply)
+            self._say(error.reply)
             self._writer.write(self._unsent)
         except OSError as error:
             log.debug("%s: %s", self._peer, error)
@@ -1572,8 +1579,14 @@ class Connection:
         data = b""
         while True:
             for action in self._session.receive(data, datetime.now(timezone.utc)):
-                if not await self._perform(action):
+                reply = action if isinstance(action, Reply) else await self._perform(action)
+                if reply is not None:
+                    self._say(reply)
+                if isinstance(action, Close) or (reply is not None and reply.closes):
+                    await self._flush()
                     return
+                if len(self._unsent) >= CHUNK:
+                    await self._flush()
             await self._flush()
             self._waiting_since = self._loop.time()
             data = await self._reader.read(CHUNK)
@@ -1581,22 +1594,20 @@ class Connection:
             if not data:
                 return
 
-    async def _perform(self, action: Action) -> bool:
-        """Carry out one action; returns whether the session goes on."""
-        if isinstance(action, Reply):
-            return await self._say(action)
+    async def _perform(self, action: Action) -> Reply | None:
+        """Carry out an action, after all that was said before; returns what to say then."""
         await self._flush()
         if isinstance(action, Deliver):
             self._delivering = True
             reply = await self._server.deliver(action.envelope)
             self._delivering = False
-            return await self._say(reply)
+            return reply
         if isinstance(action, StartTLS):
             await self._start_tls()
         if isinstance(action, Delay):
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._interrupted.wait(), action.seconds)
-        return not isinstance(action, Close)
+        return None
 
     async def _start_tls(self) -> None:
         try:
@@ -1606,13 +1617,7 @@ class Connection:
             raise
         self._reader, self._writer = streams
 
-    async def _say(self, reply: Reply) -> bool:
-        self._write(reply)
-        if reply.closes or len(self._unsent) >= CHUNK:
-            await self._flush()
-        return not reply.closes
-
-    def _write(self, reply: Reply) -> None:
+    def _say(self, reply: Reply) -> None:
         octets = bytes(reply)
         if log.isEnabledFor(logging.DEBUG):
             for line in octets.decode().splitlines():
