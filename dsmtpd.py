@@ -37,6 +37,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -45,7 +46,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Union
 
 if TYPE_CHECKING:
     import email.policy
@@ -88,6 +89,9 @@ IDLE_TIMEOUT = 300.0
 
 # Seconds that clients have for reading the 421 when the server stops.
 STOP_TIMEOUT = 0.5
+
+# Seconds after which a delivery counts as slow, and others get threads of their own.
+PATIENCE = 0.01
 
 # Octets of one read, and of the replies that may wait until they are written.
 CHUNK = 65_536
@@ -1353,8 +1357,7 @@ class Server:
         self._connections: dict[asyncio.Task[None], Connection] = {}
         limit = max(MAX_CONTENT, 2 * self.config.max_size or float("inf"))
         self._shared = Shared(self.config, limit)
-        # A thread for each session, so that a slow disk holds up one session and no other.
-        self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
+        self._workers = Workers(self._deliver)
         self._closed = asyncio.Event()
 
     async def start(self) -> None:
@@ -1396,7 +1399,7 @@ class Server:
             for connection in self._connections.values():
                 connection.give_up()
             await self._wait_for_connections(STOP_TIMEOUT)
-        self._threads.shutdown()
+        self._workers.close()
         self._closed.set()
 
     async def _stop_listening(self) -> None:
@@ -1485,8 +1488,7 @@ class Server:
     async def _hand_over(self, envelope: Envelope) -> object:
         if self._deliver_in_loop:
             return await self._deliver(envelope)
-        loop = asyncio.get_running_loop()
-        result = await loop.run_in_executor(self._threads, self._deliver, envelope)
+        result = await self._workers.call(envelope)
         return await result if inspect.isawaitable(result) else result
 
 
@@ -1513,6 +1515,81 @@ class _TLSReaderProtocol(asyncio.StreamReaderProtocol):
     def eof_received(self) -> bool:
         super().eof_received()
         return False
+
+
+# What a function of Workers has returned, or what it has raised.
+Outcome = asyncio.Future[tuple[object, Union[BaseException, None]]]
+
+
+class Workers:
+    """Calls a plain function in threads, for many callers in one event loop.
+
+    One thread does all the calls that are waiting, one after the other, and the loop sleeps
+    meanwhile: with a thread for each call the two of them hand over Python's lock all the
+    time, which takes three times as long as storing a short message. But a call that takes
+    longer than PATIENCE is left to its thread, and each that waits behind it gets another
+    one. So nobody waits for somebody else's slow disk.
+    """
+
+    def __init__(self, function: Callable[[Envelope], object]) -> None:
+        self._function = function
+        self._waiting: deque[tuple[Envelope, Outcome]] = deque()
+        self._done: deque[tuple[Outcome, object, BaseException | None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
+
+    async def call(self, envelope: Envelope) -> object:
+        """What the function returns for the envelope; raises what it raises."""
+        future: Outcome = asyncio.get_running_loop().create_future()
+        self._waiting.append((envelope, future))
+        if self._timer is None:
+            self._start(1)
+        result, error = await future
+        if error is not None:
+            # A handler may exit, or raise what means something else to a coroutine.
+            raise error if isinstance(error, SMTPError) else RuntimeError(repr(error)) from error
+        return result
+
+    def close(self) -> None:
+        """End the threads, when the calls have ended."""
+        self._threads.shutdown()
+
+    def _start(self, threads: int) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(PATIENCE, self._look)
+        for _ in range(threads):
+            self._threads.submit(self._work, loop)
+
+    def _look(self) -> None:
+        self._timer = None
+        self._settle()
+        if self._waiting:
+            self._start(len(self._waiting))
+
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                envelope, future = self._waiting.popleft()
+                try:
+                    self._done.append((future, self._function(envelope), None))
+                except BaseException as error:
+                    self._done.append((future, None, error))
+        loop.call_soon_threadsafe(self._rest)
+
+    def _rest(self) -> None:
+        """A thread has found nothing more to do."""
+        self._settle()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting:
+            self._start(1)
+
+    def _settle(self) -> None:
+        while self._done:
+            future, result, error = self._done.popleft()
+            if not future.cancelled():
+                future.set_result((result, error))
 
 
 class Connection:

@@ -27,6 +27,7 @@ import unittest
 import zipapp
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1565,6 +1566,9 @@ def test_what_deliver_may_do(caplog: pytest.LogCaptureFixture) -> None:
     def fail(envelope: Envelope) -> None:
         raise RuntimeError("secret detail")
 
+    def stop(envelope: Envelope) -> None:
+        next(iter([]))
+
     async def scenario(deliver: Callable[[Envelope], object], replies: list[str]) -> None:
         async with Server(port=0, deliver=deliver) as server:
             peer = await Peer.connect(server)
@@ -1577,8 +1581,10 @@ def test_what_deliver_may_do(caplog: pytest.LogCaptureFixture) -> None:
     run(lambda: scenario(refuse, ["554 5.6.0 Refused", ok]))
     run(lambda: scenario(shut, ["421 4.3.2 Gone", ""]))
     assert not caplog.records
-    run(lambda: scenario(fail, ["451 4.3.0 Cannot take the message now", ok]))
-    assert "secret detail" in caplog.text
+    for deliver, detail in ((fail, "secret detail"), (sys.exit, "SystemExit"), (stop, "StopIter")):
+        caplog.clear()
+        run(partial(scenario, deliver, ["451 4.3.0 Cannot take the message now", ok]))
+        assert detail in caplog.text
 
 
 def test_a_slow_disk_holds_up_no_other_session() -> None:
@@ -1608,6 +1614,35 @@ def test_a_slow_disk_holds_up_no_other_session() -> None:
             assert await first.reply() == "421 4.3.2 Shutting down"
             await first.close()
             await second.close()
+
+    run(scenario)
+
+
+def test_a_slow_delivery_is_waited_for_by_its_session_only() -> None:
+    """Messages that come at the same time as the slow one, and behind it, go through."""
+    slow = threading.Event()
+
+    def deliver(envelope: Envelope) -> None:
+        if envelope.subject == "slow":
+            assert slow.wait(20)
+
+    async def scenario() -> None:
+        async with Server(port=0, deliver=deliver) as server:
+            peers = [await Peer.connect(server) for _ in range(20)]
+            for peer in peers:
+                await peer.reply()
+            tasks = [
+                asyncio.create_task(peer.send_mail(f"Subject: {'fast' if number % 4 else 'slow'}"))
+                for number, peer in enumerate(peers)
+            ]
+            for number, task in enumerate(tasks):
+                if number % 4:
+                    assert (await task).startswith("250")
+            assert not any(task.done() for task in tasks[::4])
+            slow.set()
+            assert {(await task)[:3] for task in tasks} == {"250"}
+            for peer in peers:
+                await peer.close()
 
     run(scenario)
 
