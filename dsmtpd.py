@@ -46,7 +46,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Union
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import email.policy
@@ -863,19 +863,23 @@ class Session:
         as one: no other mixture of CR, LF and dots ends a message (SMTP smuggling).
         """
         eol, buffer = self._line_end, self._buffer
-        end = buffer.find(eol + b"." + eol)
+        # Most chunks have no such dot at all, and then one search is enough.
+        dot = buffer.find(eol + b".")
+        end = buffer.find(eol + b"." + eol, dot) if dot >= 0 else -1
         if end >= 0:
-            self._keep_lines(transaction, end + len(eol))
+            self._keep_lines(transaction, end + len(eol), dot)
             del buffer[: 1 + len(eol)], transaction.content[: len(eol)]
             self._read = self._read_command
             return self._end_of_content(transaction)
         # The last octets may be the beginning of what was searched for.
         rest = buffer.find(eol[:1], max(0, len(buffer) - 2 * len(eol)))
-        self._keep_lines(transaction, len(buffer) if rest < 0 else rest)
+        self._keep_lines(transaction, len(buffer) if rest < 0 else rest, dot)
         return None
 
-    def _keep_lines(self, transaction: Transaction, count: int) -> None:
-        octets = self._buffer[:count].replace(self._line_end + b".", self._line_end)
+    def _keep_lines(self, transaction: Transaction, count: int, dot: int) -> None:
+        octets = self._buffer[:count]
+        if dot >= 0:
+            octets = octets.replace(self._line_end + b".", self._line_end)
         del self._buffer[:count]
         self._keep(transaction, octets, len(self._line_end))
 
@@ -1518,7 +1522,7 @@ class _TLSReaderProtocol(asyncio.StreamReaderProtocol):
 
 
 # What a function of Workers has returned, or what it has raised.
-Outcome = asyncio.Future[tuple[object, Union[BaseException, None]]]
+Outcome = asyncio.Future[tuple[object, BaseException | None]]
 
 
 class Workers:

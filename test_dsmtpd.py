@@ -1581,7 +1581,15 @@ def test_what_deliver_may_do(caplog: pytest.LogCaptureFixture) -> None:
     run(lambda: scenario(refuse, ["554 5.6.0 Refused", ok]))
     run(lambda: scenario(shut, ["421 4.3.2 Gone", ""]))
     assert not caplog.records
-    for deliver, detail in ((fail, "secret detail"), (sys.exit, "SystemExit"), (stop, "StopIter")):
+
+    def leave(envelope: Envelope) -> None:
+        sys.exit(1)
+
+    for deliver, detail in (
+        (fail, "secret detail"),
+        (leave, "SystemExit"),
+        (stop, "StopIteration"),
+    ):
         caplog.clear()
         run(partial(scenario, deliver, ["451 4.3.0 Cannot take the message now", ok]))
         assert detail in caplog.text
