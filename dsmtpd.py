@@ -56,6 +56,7 @@ __version__ = "2.0.0"
 __all__ = ["Config", "Envelope", "Inbox", "Reply", "SMTPError", "Server", "capture"]
 
 log = logging.getLogger("dsmtpd")
+log.addHandler(logging.NullHandler())  # tests with capture() need no log on the screen
 
 
 # --- Limits and configuration -------------------------------------------------------
@@ -126,12 +127,16 @@ class Config:
     """Rules of failures on purpose, as parse_rule takes them; the first that matches counts."""
     strict: bool = False
     """Whether a message that lint() warns of is refused."""
+    reuse_port: bool = False
+    """Whether several servers may listen at the same port, each getting a share."""
 
     def __post_init__(self) -> None:
         if not self.interface.strip():
             raise ValueError("interface: an address or a host name is needed, as 127.0.0.1")
         if not 0 <= self.port <= 65_535:
             raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port}")
+        if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+            raise ValueError("reuse-port: this system cannot share a port")
         if self.max_size < 0:
             raise ValueError(
                 f"max-size: must be a number of bytes, or 0 for no limit, not {self.max_size}"
@@ -1364,9 +1369,12 @@ class Server:
         self._workers = Workers(self._deliver)
         self._closed = asyncio.Event()
 
-    async def start(self) -> None:
-        """Listen. Raises OSError, or ValueError for a host name that cannot be one."""
-        self._sockets = _listen(self.config.interface, self.config.port)
+    async def start(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, at sockets that listen already or at those of the config.
+
+        Raises OSError, or ValueError for a host name that cannot be one.
+        """
+        self._sockets = sockets or _listen(self.config)
         self.listening = [sock.getsockname()[:2] for sock in self._sockets]
         self.host, self.port = self.listening[0]
         loop = asyncio.get_running_loop()
@@ -1796,13 +1804,13 @@ def _address(name: Any) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _listen(interface: str, port: int) -> list[socket.socket]:
+def _listen(config: Config) -> list[socket.socket]:
     """A listening socket for each address of the interface, all at the same port."""
-    found = socket.getaddrinfo(interface, port, type=socket.SOCK_STREAM)
-    attempts = 1 if port else 20
+    found = socket.getaddrinfo(config.interface, config.port, type=socket.SOCK_STREAM)
+    attempts = 1 if config.port else 20
     while True:
         try:
-            return _bind(found)
+            return _bind(list(dict.fromkeys(found)), config.reuse_port)
         except OSError as error:
             # The free port of the first address can be taken at the second one.
             attempts -= 1
@@ -1810,15 +1818,15 @@ def _listen(interface: str, port: int) -> list[socket.socket]:
                 raise
 
 
-def _bind(found: list[Any]) -> list[socket.socket]:
+def _bind(found: list[Any], reuse_port: bool) -> list[socket.socket]:
     """Sockets for what getaddrinfo found; a family that this machine lacks is left out."""
     sockets: list[socket.socket] = []
     with contextlib.ExitStack() as undo:
         absent = OSError("no address")
-        for family, _, _, _, (host, port, *scope) in dict.fromkeys(found):
-            port = sockets[0].getsockname()[1] if sockets else port
+        for family, _, _, _, (host, port, *scope) in found:
+            name = (host, sockets[0].getsockname()[1] if sockets else port, *scope)
             try:
-                sock = socket.create_server((host, port, *scope), family=family)
+                sock = socket.create_server(name, family=family, reuse_port=reuse_port)
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
@@ -2027,6 +2035,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("-p", "--port", type=_number, default=Config.port, help=text)
     text = "address to listen at; a name means every address that it has (%(default)s)"
     add("-i", "--interface", metavar="ADDRESS", default=Config.interface, help=text)
+    text = "let several servers listen at the same port, each for a share of the clients"
+    add("--reuse-port", action="store_true", help=text)
     text = "Maildir to save into (the current directory; a temporary one for a command)"
     add("-d", "--directory", metavar="DIR", help=text)
     text = "largest message that is accepted; 0 for no limit (%(default)s)"
@@ -2152,7 +2162,7 @@ class _Program:
             log.error("Cannot start: %s", error)
             return 2
         try:
-            await server.start()
+            await server.start(_activated())
         except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
             where = self._config.interface, self._config.port
             log.error("Cannot listen at %s, port %s: %s", *where, error)
@@ -2245,6 +2255,16 @@ class _Program:
         if self._arguments.handler is None:
             found["DSMTPD_MAILDIR"] = str(Path(self._config.directory or ".").absolute())
         return found
+
+
+def _activated() -> list[socket.socket]:
+    """The listening sockets that systemd passes (sd_listen_fds(3)), and nobody else's."""
+    ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
+    count = int(os.environ.pop("LISTEN_FDS", "0")) if ours else 0
+    sockets = [socket.socket(fileno=3 + number) for number in range(count)]
+    for sock in sockets:
+        sock.set_inheritable(False)  # not for the command
+    return sockets
 
 
 def _load_handler(name: str) -> Callable[[Envelope], object]:

@@ -2039,6 +2039,7 @@ class Process:
         program: tuple[str | Path, ...] = (SCRIPT,),
         last: str = "Found a Maildir storage with",
         stdout: int | None = None,
+        close_fds: bool = True,
     ) -> None:
         command: list[str | Path] = [sys.executable, "-W", "error", *program, "-p", "0", *arguments]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -2047,6 +2048,7 @@ class Process:
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.PIPE,
+            close_fds=close_fds,
             encoding="utf-8",
             cwd=cwd,
             env={**environment, "PYTHONUTF8": "1"},
@@ -2236,6 +2238,46 @@ def test_cannot_listen(tmp_path: Path) -> None:
             assert completed.returncode == 3
             assert len(completed.stderr.splitlines()) == 1
             assert "Cannot listen at " in completed.stderr
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="needs SO_REUSEPORT")
+def test_two_servers_at_one_port(tmp_path: Path) -> None:
+    options = ["--reuse-port", "-d", str(tmp_path / "mail")]
+    with process(*options, cwd=tmp_path) as first:
+        second_options = [*options, "-p", str(first.port)]
+        with process(*second_options, cwd=tmp_path) as second:
+            assert second.port == first.port
+            for _ in range(50):
+                with smtplib.SMTP("127.0.0.1", first.port) as client:
+                    client.sendmail("a@b", ["c@d"], CLEAN)
+            texts = [first.stop()[1], second.stop()[1]]
+    assert len(mailbox.Maildir(tmp_path / "mail")) == 50
+    assert all(text.count(" -> ") for text in texts)
+
+
+@POSIX
+def test_socket_activation(tmp_path: Path) -> None:
+    """As systemd does it: the sockets from 3 on, and the process id in LISTEN_PID."""
+    starter = (
+        "import os, sys\n"
+        "os.dup2(int(sys.argv[1]), 3)\n"
+        "os.environ.update(LISTEN_PID=str(os.getpid() + int(sys.argv[2])), LISTEN_FDS='1')\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[3:]])\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        for other in (0, 1):  # somebody else's, the second time
+            descriptor = os.dup(listener.fileno())
+            os.set_inheritable(descriptor, True)
+            program = ("-c", starter, str(descriptor), str(other), "-W", "error", SCRIPT)
+            options: dict[str, Any] = {"program": program, "cwd": tmp_path}
+            with process("-d", tmp_path / "mail", **options, close_fds=False) as server:
+                os.close(descriptor)
+                assert (server.port == address[1]) is (not other)
+                with smtplib.SMTP("127.0.0.1", server.port) as client:
+                    client.sendmail("a@b", ["c@d"], CLEAN)
+                assert server.stop()[0] == 0
+    assert len(mailbox.Maildir(tmp_path / "mail")) == 2
 
 
 def test_version_and_help() -> None:
@@ -3028,7 +3070,7 @@ def test_warnings_of_the_readme() -> None:
     """The names in the README's table are those that there are."""
     table = README.partition("\nWarnings\n--------\n")[2].partition("\nIn Python\n")[0]
     source = SCRIPT.read_text("utf-8")
-    names = set(re.findall(r"[\"'{]([a-z0-9]+(?:-[a-z0-9]+)+): ", source)) - {"max-size"}
+    names = set(re.findall(r"[\"'{]([a-z0-9]+(?:-[a-z0-9]+)+): ", source)) - {"max-size", "reuse-port"}
     names |= {"missing-date", "missing-from", "missing-message-id"}
     assert set(re.findall(r"^``([a-z0-9-]+)``", table, re.M)) == names
 
