@@ -98,6 +98,9 @@ PATIENCE = 0.01
 CHUNK = 65_536
 
 
+_TLS = (None, "starttls", "implicit")
+
+
 @dataclass(frozen=True)
 class Config:
     """The options of a server, named as on the command line; checked when it is made.
@@ -131,22 +134,22 @@ class Config:
     """Whether several servers may listen at the same port, each getting a share."""
 
     def __post_init__(self) -> None:
-        if not self.interface.strip():
-            raise ValueError("interface: an address or a host name is needed, as 127.0.0.1")
-        if not 0 <= self.port <= 65_535:
-            raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port}")
-        if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
-            raise ValueError("reuse-port: this system cannot share a port")
-        if self.max_size < 0:
-            raise ValueError(
-                f"max-size: must be a number of bytes, or 0 for no limit, not {self.max_size}"
-            )
-        if self.tls not in (None, "starttls", "implicit"):
-            raise ValueError(f"tls: must be starttls or implicit, not {self.tls}")
-        if self.cert and not self.tls:
-            raise ValueError("cert: has no use without --tls starttls or --tls implicit")
-        if self.key and not self.cert:
-            raise ValueError("key: has no use without --cert")
+        port, size = self.port, self.max_size
+        shared = not self.reuse_port or hasattr(socket, "SO_REUSEPORT")
+        for fine, wanted in (
+            (
+                self.interface.strip(),
+                "interface: an address or a host name is needed, as 127.0.0.1",
+            ),
+            (0 <= port <= 65_535, f"port: must be from 0 (any free one) to 65535, not {port}"),
+            (size >= 0, f"max-size: must be a number of bytes, or 0 for no limit, not {size}"),
+            (self.tls in _TLS, f"tls: must be starttls or implicit, not {self.tls}"),
+            (self.tls or not self.cert, "cert: has no use without tls, starttls or implicit"),
+            (self.cert or not self.key, "key: has no use without cert"),
+            (shared, "reuse-port: this system cannot share a port"),
+        ):
+            if not fine:
+                raise ValueError(wanted)
 
 
 # --- Replies --------------------------------------------------------------------------
@@ -355,6 +358,7 @@ def _host_name() -> str:
 
 
 HOSTNAME = _host_name()
+GREETING = Reply(220, "", f"{HOSTNAME} ESMTP dsmtpd {__version__}")
 
 
 @dataclass(frozen=True)
@@ -771,7 +775,7 @@ class Session:
 
     def _welcome(self) -> Reply:
         self._read = self._read_command
-        return Reply(220, "", f"{HOSTNAME} ESMTP dsmtpd {__version__}")
+        return GREETING
 
     def _turn_away(self) -> Reply | None:
         """RFC 5321 section 3.1: after a greeting that refuses, the client may only QUIT."""
@@ -1060,16 +1064,14 @@ class Session:
     def _rcpt(self, argument: str) -> Reply:
         if self.transaction is None or self.transaction.chunks:
             raise SMTPError(503, "5.5.1", "Send MAIL first, and BDAT last")
-        self.transaction.octets += len(argument)
-        if (
-            len(self.transaction.rcpt_tos) >= MAX_RECIPIENTS
-            or self.transaction.octets > MAX_ADDRESSES
-        ):
+        octets = self.transaction.octets + len(argument)
+        if len(self.transaction.rcpt_tos) >= MAX_RECIPIENTS or octets > MAX_ADDRESSES:
             # RFC 5321 section 4.5.3.1.10
             raise SMTPError(452, "4.5.3", "Too many recipients")
         path, options = self._path(_TO.fullmatch(argument), RCPT_PARAMETERS)
         rcpt_to = parse_mailbox(path, "5.1.3")
         _check_declared(rcpt_to, self.transaction.mail_options)
+        self.transaction.octets = octets
         self.transaction.rcpt_tos.append(rcpt_to)
         self.transaction.rcpt_options.append(options)
         return RECIPIENT_OK
@@ -1383,10 +1385,8 @@ class Server:
             self._listeners.append(listener)
 
     def _streams(self) -> asyncio.StreamReaderProtocol:
-        # What was read is copied at once, so that one buffer will do for the loop; but on
-        # Windows the system fills the buffer of each connection while it waits.
-        buffer = memoryview(bytearray(CHUNK)) if sys.platform == "win32" else self._buffer
-        return _StreamProtocol(buffer, self._accept)
+        # What was read is copied at once, so that one buffer will do for the loop.
+        return _StreamProtocol(self._buffer, self._accept)
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""

@@ -2203,8 +2203,8 @@ def command(
         (["--direct", "x"], "unrecognized arguments"),
         (["extra"], "unrecognized arguments: extra"),
         (["--tls", "ssl"], "argument --tls: invalid choice: 'ssl'"),
-        (["--cert", "x"], "argument --cert: has no use without --tls"),
-        (["--tls", "starttls", "--key", "x"], "argument --key: has no use without --cert"),
+        (["--cert", "x"], "argument --cert: has no use without tls"),
+        (["--tls", "starttls", "--key", "x"], "argument --key: has no use without cert"),
         (["--auth", "secret"], "argument --auth: must be USER:PASSWORD\n"),
     ],
 )
@@ -3070,7 +3070,10 @@ def test_warnings_of_the_readme() -> None:
     """The names in the README's table are those that there are."""
     table = README.partition("\nWarnings\n--------\n")[2].partition("\nIn Python\n")[0]
     source = SCRIPT.read_text("utf-8")
-    names = set(re.findall(r"[\"'{]([a-z0-9]+(?:-[a-z0-9]+)+): ", source)) - {"max-size", "reuse-port"}
+    names = set(re.findall(r"[\"'{]([a-z0-9]+(?:-[a-z0-9]+)+): ", source)) - {
+        "max-size",
+        "reuse-port",
+    }
     names |= {"missing-date", "missing-from", "missing-message-id"}
     assert set(re.findall(r"^``([a-z0-9-]+)``", table, re.M)) == names
 
