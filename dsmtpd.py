@@ -46,7 +46,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import email.policy
@@ -361,6 +361,14 @@ HOSTNAME = _host_name()
 GREETING = Reply(220, "", f"{HOSTNAME} ESMTP dsmtpd {__version__}")
 
 
+class LineEnds(NamedTuple):
+    """Numbers of CR, of LF, and of both together; a CRLF counts in all three."""
+
+    cr: int
+    lf: int
+    crlf: int
+
+
 @dataclass(frozen=True)
 class Envelope:
     """One message, with what the session knew about it."""
@@ -391,6 +399,12 @@ class Envelope:
     """What a real server would mind about the message."""
     path: Path | None = None
     """The file in the Maildir, once the message is stored."""
+
+    @cached_property
+    def line_ends(self) -> LineEnds:
+        """How many line ends the content has, of each kind."""
+        content = self.content
+        return LineEnds(content.count(b"\r"), content.count(b"\n"), content.count(b"\r\n"))
 
     @cached_property
     def email(self) -> email.message.EmailMessage:
@@ -468,14 +482,15 @@ def _split(content: bytes) -> tuple[bytes, bytes]:
     return content[:at], content[at:]
 
 
-def lint(content: bytes, mail_options: dict[str, str]) -> list[str]:
+def lint(envelope: Envelope) -> list[str]:
     """What real servers mind about a message, each as "name: what it is (RFC section)".
 
-    mail_options are the parameters of MAIL. It looks at the whole, not at each line, so
-    that a large message takes no longer than a few copies of it.
+    It looks at the whole, not at each line, so that a large message takes no longer than a
+    few copies of it.
     """
+    content, mail_options = envelope.content, envelope.mail_options
     body_type = mail_options.get("BODY", "7BIT").upper()
-    warnings = [] if body_type == "BINARYMIME" else _lint_lines(content)
+    warnings = [] if body_type == "BINARYMIME" else _lint_lines(envelope)
     if not content.isascii():
         header, body = _split(content)
         if body_type == "7BIT" and not body.isascii():
@@ -485,14 +500,14 @@ def lint(content: bytes, mail_options: dict[str, str]) -> list[str]:
     return warnings + _lint_fields(content)
 
 
-def _lint_lines(content: bytes) -> list[str]:
+def _lint_lines(envelope: Envelope) -> list[str]:
     warnings = []
-    crlf = content.count(b"\r\n")
-    if content.count(b"\n") > crlf:
+    cr, lf, crlf = envelope.line_ends
+    if lf > crlf:
         warnings.append("bare-lf: LF without CR in the content (RFC 5321 section 2.3.8)")
-    if content.count(b"\r") > crlf:
+    if cr > crlf:
         warnings.append("bare-cr: CR without LF in the content (RFC 5321 section 2.3.8)")
-    if _has_long_line(content):
+    if _has_long_line(envelope.content):
         warnings.append("long-line: a line of over 998 octets (RFC 5322 section 2.1.1)")
     return warnings
 
@@ -953,8 +968,8 @@ class Session:
             rcpt_options=transaction.rcpt_options,
             content=content,
             received=self._now,
-            warnings=[*self._habits, *lint(content, transaction.mail_options)],
         )
+        envelope.warnings.extend([*self._habits, *lint(envelope)])
         self._habits.clear()
         return self._stage(".", envelope.subject, partial(self._take, envelope))
 
@@ -1297,7 +1312,9 @@ class MaildirStore(mailbox.Maildir):
         tmp, new = self.directory / "tmp" / key, self.directory / "new" / key
         content = envelope.content
         if envelope.mail_options.get("BODY", "").upper() != "BINARYMIME":
-            content = content.replace(b"\r\n", b"\n")
+            bare_cr = envelope.line_ends.cr > envelope.line_ends.crlf
+            # What there is no need to search for takes a third of the time.
+            content = content.replace(b"\r\n", b"\n") if bare_cr else content.translate(None, b"\r")
         try:
             with tmp.open("xb") as file:
                 file.write(trace_header(envelope, key))
