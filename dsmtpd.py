@@ -23,6 +23,7 @@ import contextlib
 import email
 import email.header
 import email.message
+import email.parser
 import errno
 import importlib
 import inspect
@@ -90,6 +91,9 @@ IDLE_TIMEOUT = 300.0
 
 # Seconds that clients have for reading the 421 when the server stops.
 STOP_TIMEOUT = 0.5
+
+# Seconds that the client of a message has for its QUIT when the block of capture() ends.
+LAST_WORD = 0.05
 
 # Seconds after which a delivery counts as slow, and others get threads of their own.
 PATIENCE = 0.01
@@ -409,7 +413,11 @@ class Envelope:
     @cached_property
     def email(self) -> email.message.EmailMessage:
         """The content, parsed; a field that makes no sense is the text that was sent."""
-        message = email.message_from_bytes(self.content, policy=_lenient_policy())
+        parser = email.parser.BytesParser(policy=_lenient_policy())
+        try:
+            message = parser.parsebytes(self.content)
+        except RecursionError:  # parts in parts in parts: the body is a text, then
+            message = parser.parsebytes(self.content, headersonly=True)
         assert isinstance(message, email.message.EmailMessage)
         return message
 
@@ -459,7 +467,6 @@ def _decode_words(match: re.Match[str]) -> str:
     return match[0]
 
 
-_BODY = re.compile(rb"(?:\A|\n)\r?\n")  # the empty line in front of the body
 _FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.MULTILINE)
 # Octets of the header section that are looked at for its fields.
 _FIELDS_WITHIN = 1_048_576
@@ -477,8 +484,10 @@ _UNIQUE_FIELDS = (
 
 def _split(content: bytes) -> tuple[bytes, bytes]:
     """The header section, and what follows it from its empty line on."""
-    empty = _BODY.search(content)
-    at = len(content) if empty is None else empty.start()
+    if content.startswith((b"\n", b"\r\n")):
+        return b"", content
+    ends = [end for end in (content.find(b"\n\r\n"), content.find(b"\n\n")) if end >= 0]
+    at = min(ends, default=len(content))
     return content[:at], content[at:]
 
 
@@ -1414,9 +1423,9 @@ class Server:
         """How many messages were refused because of `strict`."""
         return self._shared.refused
 
-    async def finish(self) -> None:
-        """Let the clients finish what they do, for STOP_TIMEOUT seconds at most."""
-        await self._wait_for_connections(STOP_TIMEOUT)
+    async def finish(self, seconds: float) -> None:
+        """Wait until all clients have gone, for so many seconds at most."""
+        await self._wait_for_connections(seconds)
 
     async def close(self) -> None:
         """Stop listening, tell the clients (421 4.3.2), and finish deliveries in progress."""
@@ -1515,10 +1524,13 @@ class Server:
         return ACCEPTED
 
     async def _hand_over(self, envelope: Envelope) -> object:
-        if self._deliver_in_loop:
-            return await self._deliver(envelope)
-        result = await self._workers.call(envelope)
-        return await result if inspect.isawaitable(result) else result
+        try:
+            if self._deliver_in_loop:
+                return await self._deliver(envelope)
+            result = await self._workers.call(envelope)
+            return await result if inspect.isawaitable(result) else result
+        except (SystemExit, KeyboardInterrupt) as error:  # not for a handler to decide
+            raise RuntimeError(repr(error)) from error
 
 
 class _StreamProtocol(asyncio.StreamReaderProtocol, asyncio.BufferedProtocol):
@@ -1968,6 +1980,8 @@ def capture(
         async with server:
             ready.set_result(lambda: loop.call_soon_threadsafe(stop.set))
             await stop.wait()
+            # The test was told of a message before the client was.
+            await server.finish(LAST_WORD)
 
     def run() -> None:
         try:
@@ -2036,7 +2050,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv[:at])
     arguments.auth = dict(arguments.auth)
     arguments.command = argv[at + 1 :]
-    if at < len(argv) and not arguments.command:
+    if at < len(argv) and not any(arguments.command[:1]):
         parser.error("a command is needed behind --, as in: dsmtpd -p 0 -- pytest")
     options = vars(arguments)
     try:
@@ -2228,15 +2242,15 @@ class _Program:
         self._stop.set()
         if self._process is not None:
             _signal_command(self._process, "SIGKILL" if again else signal.Signals(number).name)
-        elif again:
+        elif again and not self._arguments.command:  # which has a directory to remove
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     async def _wait(self, server: Server) -> int:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stop.wait(), self._arguments.timeout)
-        if self._came == self._arguments.expect:
-            await server.finish()  # the client that sent the last one will say QUIT
+        if self._came >= (self._arguments.expect or float("inf")):
+            await server.finish(STOP_TIMEOUT)  # who has sent the last one will say QUIT
         return 0
 
     async def _run_command(self, server: Server) -> int:
@@ -2244,7 +2258,7 @@ class _Program:
         command = self._arguments.command
         environment = {**os.environ, **self._environment(server)}
         try:
-            # In a session of its own, all its processes can be reached at once.
+            # In a session of its own its processes, but for daemons, can be reached at once.
             process = await asyncio.create_subprocess_exec(
                 *command, env=environment, start_new_session=True
             )
@@ -2281,6 +2295,8 @@ def _activated() -> list[socket.socket]:
     sockets = [socket.socket(fileno=3 + number) for number in range(count)]
     for sock in sockets:
         sock.set_inheritable(False)  # not for the command
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            raise OSError("LISTEN_FDS has a socket that is not for TCP")
     return sockets
 
 
@@ -2294,7 +2310,7 @@ def _load_handler(name: str) -> Callable[[Envelope], object]:
         handler: Callable[[Envelope], object] = operator.attrgetter(path)(
             importlib.import_module(module_name)
         )
-    except Exception as error:  # the module is the user's, and may raise anything
+    except (Exception, SystemExit) as error:  # the module is the user's, and may do anything
         raise ValueError(f"--handler {name}: {type(error).__name__}: {error}") from error
     if not callable(handler):
         raise ValueError(f"--handler {name}: {path} cannot be called; name a function")
@@ -2353,6 +2369,8 @@ def _as_text(envelope: Envelope) -> str:
 
 def _print(text: str) -> None:
     """Write to standard output at once; where nobody reads it any more, do without."""
+    if sys.stdout is None:  # closed from the start
+        return
     encoding = sys.stdout.encoding
     try:
         sys.stdout.buffer.write(text.encode(encoding, "backslashreplace"))

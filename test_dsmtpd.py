@@ -1585,6 +1585,10 @@ def test_what_deliver_may_do(caplog: pytest.LogCaptureFixture) -> None:
     def leave(envelope: Envelope) -> None:
         sys.exit(1)
 
+    async def leave_later(envelope: Envelope) -> None:
+        sys.exit(1)
+
+    run(lambda: scenario(leave_later, ["451 4.3.0 Cannot take the message now", ok]))
     for deliver, detail in (
         (fail, "secret detail"),
         (leave, "SystemExit"),
@@ -2405,6 +2409,16 @@ def test_capture_ends_at_an_exception_and_says_why_it_does_not_begin() -> None:
     assert threading.active_count() == before
 
 
+def test_capture_lets_the_client_say_quit() -> None:
+    for _ in range(20):
+        with dsmtpd.capture() as inbox:
+            sender = threading.Thread(target=send, args=(inbox,))
+            sender.start()
+            inbox.wait()
+        # An error of the thread would be one of the test.
+        sender.join()
+
+
 def test_many_captures_at_once(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         inboxes = [stack.enter_context(dsmtpd.capture()) for _ in range(20)]
@@ -2460,6 +2474,7 @@ MALFORMED = [
     b"Content-Disposition: ; filename*=''\n\n",
     b"From: \r\n\t\r\n\r\n",
     b"To: =?utf-7?q?+2AA-?= <a@[>, ;;\n\n",
+    b"Content-Type: message/rfc822\r\n\r\n" * 3000,
 ]
 
 
@@ -2593,6 +2608,34 @@ def test_command(arguments: list[str], status: int, temporary: Path, tmp_path: P
 def test_command_with_a_directory(tmp_path: Path) -> None:
     assert command("-p", "0", "-d", tmp_path / "mail", "--", *SEND, "2").stdout == "2\n"
     assert len(mailbox.Maildir(tmp_path / "mail")) == 2
+
+
+def test_expect_with_many_clients(tmp_path: Path) -> None:
+    """Those whose message was taken may say QUIT."""
+    with process("--expect", "5", "-d", tmp_path / "mail", cwd=tmp_path) as server:
+        clients = [smtplib.SMTP("127.0.0.1", server.port) for _ in range(10)]
+        for client in clients:
+            client.ehlo()
+            client.mail("a@b")
+            client.rcpt("c@d")
+            client.docmd("DATA")
+        for client in clients:
+            client.send(CLEAN + "\r\n.\r\n")
+        assert {client.getreply()[0] for client in clients} == {250}
+        assert {client.quit()[0] for client in clients} == {221}
+        status, _ = server.end()
+    assert status == 0
+
+
+@POSIX
+def test_standard_output_that_is_closed(tmp_path: Path) -> None:
+    code = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    mail = ["-p", "0", "-d", str(tmp_path / "mail"), "--json", "--", *SEND, "1"]
+    completed = subprocess.run(
+        [sys.executable, "-c", code, SCRIPT, *mail], capture_output=True, check=False
+    )
+    assert len(mailbox.Maildir(tmp_path / "mail")) == 1
+    assert b"dsmtpd.py" not in completed.stderr
 
 
 def test_expect_without_a_command(tmp_path: Path) -> None:
@@ -2880,11 +2923,14 @@ def test_handler(tmp_path: Path) -> None:
         (["--timeout", "-1"], "argument --timeout: must be a number above 0"),
         (["--timeout", "nan"], "argument --timeout: must be a number above 0"),
         (["--"], "a command is needed behind --"),
+        (["--", ""], "a command is needed behind --"),
+        (["--handler", "exits:x"], "SystemExit: 5"),
         (["--json", "--print"], "not allowed with"),
     ],
 )
 def test_wrong_usage_in_ci(arguments: list[str], text: str, tmp_path: Path) -> None:
-    completed = command("-p", "0", *arguments)
+    (tmp_path / "exits.py").write_text("import sys; sys.exit(5)")
+    completed = command("-p", "0", *arguments, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert completed.returncode == 2
     assert text in completed.stderr
     assert len(completed.stderr.splitlines()) == 1
