@@ -1319,14 +1319,14 @@ class MaildirStore(mailbox.Maildir):
         seconds, rest = divmod(time.time_ns(), 1_000_000_000)
         key = f"{seconds}.M{rest // 1000:06}P{os.getpid()}R{secrets.token_hex(8)}.{HOSTNAME}"
         tmp, new = self.directory / "tmp" / key, self.directory / "new" / key
-        content = envelope.content
+        header, content = trace_header(envelope, key), envelope.content
         if envelope.mail_options.get("BODY", "").upper() != "BINARYMIME":
             bare_cr = envelope.line_ends.cr > envelope.line_ends.crlf
             # What there is no need to search for takes a third of the time.
             content = content.replace(b"\r\n", b"\n") if bare_cr else content.translate(None, b"\r")
         try:
             with tmp.open("xb") as file:
-                file.write(trace_header(envelope, key))
+                file.write(header)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
