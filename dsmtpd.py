@@ -93,7 +93,7 @@ IDLE_TIMEOUT = 300.0
 STOP_TIMEOUT = 0.5
 
 # Seconds that the client of a message has for its QUIT when the block of capture() ends.
-LAST_WORD = 0.05
+LAST_WORD = 0.2
 
 # Seconds after which a delivery counts as slow, and others get threads of their own.
 PATIENCE = 0.01
@@ -786,7 +786,7 @@ class Session:
         return error.reply
 
     def _hold(self, octets: int) -> None:
-        """Tell the quota how much content this session holds."""
+        """Tell the others how much content this session holds."""
         self._shared.held += octets - self._held
         self._held = octets
 
