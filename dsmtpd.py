@@ -150,6 +150,7 @@ class Config:
             (self.tls in _TLS, f"tls: must be starttls or implicit, not {self.tls}"),
             (self.tls or not self.cert, "cert: has no use without tls, starttls or implicit"),
             (self.cert or not self.key, "key: has no use without cert"),
+            (not isinstance(self.fail, str), "fail: must be a list of rules, not one"),
             (shared, "reuse-port: this system cannot share a port"),
         ):
             if not fine:

@@ -1060,6 +1060,7 @@ def test_memory_of_a_large_message() -> None:
         ({"port": -1}, "from 0"),
         ({"max_size": -1}, "0 for no limit"),
         ({"interface": " "}, "127.0.0.1"),
+        ({"fail": "RCPT * 550"}, "a list of rules"),
     ],
 )
 def test_config_says_what_is_allowed(options: dict[str, Any], text: str) -> None:
