@@ -246,7 +246,7 @@ _MAILBOX = re.compile(
 # The brackets of a path, which a quoted string may contain too; an unbalanced quote ends
 # up inside, for parse_mailbox to refuse. RFC 5321 section 3.3 forbids the blank after the
 # colon; everybody takes it.
-_PATH = r":[ ]*<(?P<path>(?:[^\">]|\"(?:[^\"\\]|\\.)*\")*|[^>]*)>(?: +(?P<parameters>.*))?"
+_PATH = r':[ ]*<(?P<path>[^">]*(?:"(?:[^"\\]|\\.)*"[^">]*)*|[^>]*)>(?: +(?P<parameters>.*))?'
 _FROM = re.compile("FROM" + _PATH, re.IGNORECASE | re.ASCII)
 _TO = re.compile("TO" + _PATH, re.IGNORECASE | re.ASCII)
 # What names a client in EHLO: anything visible, in one word. RFC 5321 section 4.1.1.1 wants
@@ -468,6 +468,7 @@ def _decode_words(match: re.Match[str]) -> str:
     return match[0]
 
 
+_EMPTY_LINE = re.compile(rb"\n\r?\n")
 _FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.MULTILINE)
 # Octets of the header section that are looked at for its fields.
 _FIELDS_WITHIN = 1_048_576
@@ -487,8 +488,8 @@ def _split(content: bytes) -> tuple[bytes, bytes]:
     """The header section, and what follows it from its empty line on."""
     if content.startswith((b"\n", b"\r\n")):
         return b"", content
-    ends = [end for end in (content.find(b"\n\r\n"), content.find(b"\n\n")) if end >= 0]
-    at = min(ends, default=len(content))
+    match = _EMPTY_LINE.search(content)
+    at = match.start() if match else len(content)
     return content[:at], content[at:]
 
 
@@ -795,8 +796,10 @@ class Session:
 
     def _greet(self) -> Action | None:
         self._read = self._turn_away
-        address = self.peer.rpartition(":")[0].strip("[]")
-        return self._stage("CONNECT", address, self._welcome)
+        return self._stage("CONNECT", self._address, self._welcome)
+
+    def _address(self) -> str:
+        return self.peer.rpartition(":")[0].strip("[]")
 
     def _welcome(self) -> Reply:
         self._read = self._read_command
@@ -811,11 +814,11 @@ class Session:
             raise SMTPError(503, "5.5.1", "Nothing but QUIT is served")
         return BYE
 
-    def _stage(self, verb: str, text: str, proceed: Reader) -> Action | None:
+    def _stage(self, verb: str, text: Callable[[], str], proceed: Reader) -> Action | None:
         """Proceed, unless the rules for this moment have something else in mind."""
         if not self._shared.rules:
             return proceed()
-        actions = self._shared.consult(verb, text, self.peer)
+        actions = self._shared.consult(verb, text(), self.peer)
         return self._act(actions, self._read, proceed)
 
     def _act(self, actions: list[Action], resume: Reader, proceed: Reader) -> Action | None:
@@ -847,7 +850,8 @@ class Session:
             # BDAT asks the rules itself, when it knows what to skip.
             if not self._shared.rules or verb == "BDAT":
                 return _COMMANDS[verb](self, argument)
-            return self._stage(verb, _about(argument), partial(_COMMANDS[verb], self, argument))
+            command = partial(_COMMANDS[verb], self, argument)
+            return self._stage(verb, lambda: _about(argument), command)
         if verb in _NOT_SERVED:
             raise SMTPError(502, "5.5.1", "Command not implemented")
         if verb in _HTTP:
@@ -897,6 +901,8 @@ class Session:
         as one: no other mixture of CR, LF and dots ends a message (SMTP smuggling).
         """
         eol, buffer = self._line_end, self._buffer
+        if len(buffer) <= 2 * len(eol):  # too short for an end
+            return None
         # Most chunks have no such dot at all, and then one search is enough.
         dot = buffer.find(eol + b".")
         end = buffer.find(eol + b"." + eol, dot) if dot >= 0 else -1
@@ -981,7 +987,7 @@ class Session:
         )
         envelope.warnings.extend([*self._habits, *lint(envelope)])
         self._habits.clear()
-        return self._stage(".", envelope.subject, partial(self._take, envelope))
+        return self._stage(".", lambda: envelope.subject, lambda: self._take(envelope))
 
     def _take(self, envelope: Envelope) -> Deliver:
         if not self.config.smtputf8:
@@ -1129,7 +1135,7 @@ class Session:
             raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
         self._left = int(match["size"])
         self._read = self._skip_chunk
-        return self._stage("BDAT", argument, partial(self._begin_chunk, match["last"]))
+        return self._stage("BDAT", lambda: argument, partial(self._begin_chunk, match["last"]))
 
     def _begin_chunk(self, last: str) -> Action | None:
         if last and not re.fullmatch(" +LAST", last, re.IGNORECASE | re.ASCII):
