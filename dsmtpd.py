@@ -27,6 +27,7 @@ import email.parser
 import errno
 import importlib
 import inspect
+import itertools
 import logging
 import mailbox
 import operator
@@ -39,7 +40,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import format_datetime
@@ -47,7 +48,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, SupportsIndex
 
 if TYPE_CHECKING:
     import email.policy
@@ -1262,23 +1263,28 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
     998 octets (RFC 5322 section 2.1.1).
     """
     # Parentheses and semicolons mean something in Received; a name has none of them.
-    helo = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", envelope.helo[:255])
+    helo = _NO_NAME.sub("?", envelope.helo[:255])
     address = envelope.peer.rpartition(":")[0]
     fields = [
         # RFC 5321 section 4.4. A line of blanks would end the header for some.
-        re.sub(" {100,}", " " * 99, f"Return-Path: <{envelope.mail_from}>"),
+        _BLANKS.sub(" " * 99, f"Return-Path: <{envelope.mail_from}>"),
         f"X-Peer: {envelope.peer}",
         f"X-MailFrom: {_encoded(envelope.mail_from)}",
         f"X-RcptTo: {_encoded(', '.join(envelope.rcpt_tos))}",
         f"Received: from {helo} ({address}) by {HOSTNAME} (dsmtpd {__version__})"
-        f" with {envelope.protocol} id {key}; {format_datetime(envelope.received)}",
+        f" with {envelope.protocol} id {key}; {_date(envelope.received.replace(microsecond=0))}",
     ]
     return "".join(_fold(line) + "\n" for line in fields).encode()
 
 
+# Many messages come in the same second.
+_date = lru_cache(1)(format_datetime)
+
 # Characters of a folded line, of up to four octets each.
 _FOLD = 240
-_UNFOLDABLE = rf"[^ ]{{{_FOLD}}}| {{100}}"
+_NO_NAME = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
+_BLANKS = re.compile(" {100,}")
+_UNFOLDABLE = re.compile(rf"[^ ]{{{_FOLD}}}|{_BLANKS.pattern}")
 
 
 def _fold(line: str) -> str:
@@ -1291,7 +1297,7 @@ def _fold(line: str) -> str:
 
 def _encoded(text: str) -> str:
     """RFC 2047 encoded-words for what does not go into a header field as it is."""
-    plain = text.isascii() and "=?" not in text and not re.search(_UNFOLDABLE, text)
+    plain = text.isascii() and "=?" not in text and not _UNFOLDABLE.search(text)
     if plain:
         return text
     # An encoded-word has 75 characters at most: 11 characters of up to four octets fit.
@@ -1326,25 +1332,40 @@ class MaildirStore(mailbox.Maildir):
         # thread, and on Windows ends the lines with CRLF.
         seconds, rest = divmod(time.time_ns(), 1_000_000_000)
         key = f"{seconds}.M{rest // 1000:06}P{os.getpid()}R{secrets.token_hex(8)}.{HOSTNAME}"
-        tmp, new = self.directory / "tmp" / key, self.directory / "new" / key
+        tmp, new = f"{self.directory}/tmp/{key}", f"{self.directory}/new/{key}"
         header, content = trace_header(envelope, key), envelope.content
         if envelope.mail_options.get("BODY", "").upper() != "BINARYMIME":
             bare_cr = envelope.line_ends.cr > envelope.line_ends.crlf
             # What there is no need to search for takes a third of the time.
             content = content.replace(b"\r\n", b"\n") if bare_cr else content.translate(None, b"\r")
         try:
-            with tmp.open("xb") as file:
-                file.write(header)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            tmp.rename(new)
+            _write(tmp, header, content)
+            os.rename(tmp, new)
         except OSError as error:
             log.error("Cannot store a message of %s: %s", envelope.peer, error)
             with contextlib.suppress(OSError):
-                tmp.unlink()
+                os.unlink(tmp)
             raise SMTPError(451, "4.3.0", "Cannot store the message now") from error
-        return replace(envelope, path=new)
+        return replace(envelope, path=Path(new))
+
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+
+
+def _write(path: str, *parts: bytes) -> None:
+    """Make a file that is on disk when this returns.
+
+    Without a file object: that would take twice as long as what it does for us.
+    """
+    descriptor = os.open(path, _NEW_FILE, 0o666)
+    try:
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_maildir(root: Path) -> None:
@@ -1473,7 +1494,7 @@ class Server:
     ) -> None:
         await self.close()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, reader: _Reader, writer: asyncio.StreamWriter) -> None:
         peer = _address(writer.get_extra_info("peername"))
         if len(self._connections) >= MAX_CONNECTIONS:
             log.warning("%s: too many connections", peer)
@@ -1492,12 +1513,12 @@ class Server:
 
     async def start_tls(
         self, transport: asyncio.WriteTransport
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    ) -> tuple[_Reader, asyncio.StreamWriter]:
         """Begin TLS on a connection; returns the new streams. Raises OSError if that fails."""
         # Not StreamWriter.start_tls: Python 3.10 lacks it, and the old reader would keep the
         # plain text that came after STARTTLS.
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=CHUNK)
+        reader = _Reader()
         protocol = _TLSReaderProtocol(reader)
         assert self._tls is not None
         plain = transport.get_protocol()
@@ -1538,6 +1559,38 @@ class Server:
             raise RuntimeError(repr(error)) from error
 
 
+class _Reader(asyncio.StreamReader):
+    """A stream whose octets can be taken as they arrive, and not by a task that is woken.
+
+    That saves an eighth of the time of a short message.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(limit=CHUNK)
+        self._take: Callable[[bytes], bool] | None = None
+
+    def feed_data(self, data: Iterable[SupportsIndex]) -> None:
+        if self._take is None:
+            super().feed_data(data)
+        elif not self._take(bytes(data)):
+            self._take = None
+            super().feed_data(b"\n")  # wakes receive(), and is dropped there
+
+    async def receive(self, take: Callable[[bytes], bool]) -> bytes | None:
+        """Have take() called with what arrives, until it returns False.
+
+        Returns what has arrived since then, or what was there before; None is the end.
+        """
+        self._take = take
+        try:
+            octets = await self.read(CHUNK)
+            if not octets:
+                return None
+            return octets[1:] if self._take is None else octets
+        finally:
+            self._take = None
+
+
 class _StreamProtocol(asyncio.StreamReaderProtocol, asyncio.BufferedProtocol):
     """Streams that read into a buffer of ours, and not each time into a new one of 256 KiB.
 
@@ -1545,7 +1598,7 @@ class _StreamProtocol(asyncio.StreamReaderProtocol, asyncio.BufferedProtocol):
     """
 
     def __init__(self, buffer: memoryview, accept: Callable[..., Any]) -> None:
-        super().__init__(asyncio.StreamReader(limit=CHUNK), accept)
+        super().__init__(_Reader(), accept)
         self._buffer = buffer
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -1644,7 +1697,7 @@ class Connection:
         self,
         server: Server,
         session: Session,
-        reader: asyncio.StreamReader,
+        reader: _Reader,
         writer: asyncio.StreamWriter,
     ) -> None:
         self._server = server
@@ -1653,6 +1706,8 @@ class Connection:
         self._reader = reader
         self._writer = writer
         self._unsent = bytearray()
+        self._put_off: list[Action] = []
+        """The action that _answer() has left to the task, if there is one."""
         self._interrupted = asyncio.Event()
         self._delivering = False
         self._loop = asyncio.get_running_loop()
@@ -1698,23 +1753,35 @@ class Connection:
             self._writer.transport.abort()
 
     async def _converse(self) -> None:
-        data = b""
-        while True:
-            for action in self._session.receive(data, datetime.now(timezone.utc)):
+        data: bytes | None = b""
+        while data is not None:
+            actions = self._session.receive(data, datetime.now(timezone.utc))
+            for action in itertools.chain(self._put_off, actions):
                 reply = action if isinstance(action, Reply) else await self._perform(action)
                 if reply is not None:
                     self._say(reply)
                 if isinstance(action, Close) or (reply is not None and reply.closes):
                     await self._flush()
                     return
+                if isinstance(action, StartTLS):
+                    break  # data is from before it, and not to be trusted
                 if len(self._unsent) >= CHUNK:
                     await self._flush()
             await self._flush()
+            self._put_off = []
             self._waiting_since = self._loop.time()
-            data = await self._reader.read(CHUNK)
+            data = await self._reader.receive(self._answer)
             self._waiting_since = None
-            if not data:
-                return
+
+    def _answer(self, data: bytes) -> bool:
+        """Do at once what takes no waiting; returns whether that is all there is to do."""
+        for action in self._session.receive(data, datetime.now(timezone.utc)):
+            if not isinstance(action, Reply) or action.closes or len(self._unsent) >= CHUNK:
+                self._put_off = [action]
+                return False
+            self._say(action)
+        self._waiting_since = self._loop.time()
+        return self._send()
 
     async def _perform(self, action: Action) -> Reply | None:
         """Carry out an action, after all that was said before; returns what to say then."""
@@ -1746,18 +1813,19 @@ class Connection:
                 log.debug("%s S: %s", self._peer, line)
         self._unsent += octets
 
-    async def _flush(self) -> None:
-        """Send the replies; waits for a client that does not read, instead of piling them up."""
+    def _send(self) -> bool:
+        """Send the replies; returns False where they wait for the client to read."""
         if self._unsent:
             self._writer.write(bytes(self._unsent))
             self._unsent.clear()
-            if self._writer.transport.get_write_buffer_size():
-                await self._drain()
+        return not self._writer.transport.get_write_buffer_size()
 
-    async def _drain(self) -> None:
-        self._waiting_since = self._loop.time()
-        await self._writer.drain()
-        self._waiting_since = None
+    async def _flush(self) -> None:
+        """Send the replies, and wait for a client that does not read, before they pile up."""
+        if not self._send():
+            self._waiting_since = self._loop.time()
+            await self._writer.drain()
+            self._waiting_since = None
 
     def _watch(self) -> None:
         """Look whether the client is silent for too long, and when to look again.
