@@ -185,7 +185,7 @@ class Reply:
         rows = [f"{self.code}-{line}\r\n" for line in lines] + [f"{self.code} {last}\r\n"]
         return "".join(rows).encode("ascii", "replace")
 
-    @property
+    @cached_property
     def closes(self) -> bool:
         """Whether the server closes the connection after it (RFC 5321 section 3.8)."""
         return self.code in (221, 421)
@@ -1067,13 +1067,13 @@ class Session:
         self._must_be_last("EHLO")
         lines = [self._hello(argument), *extensions(self.config, tls=self.tls, user=self.user)]
         self.extended = True
-        return Reply(250, "", "\n".join(lines))
+        return _greeted("\n".join(lines))
 
     def _helo(self, argument: str) -> Reply:
         self._must_be_last("HELO")
         name = self._hello(argument)
         self.extended = False
-        return Reply(250, "", name)
+        return _greeted(name)
 
     def _mail(self, argument: str) -> Reply:
         if self.helo is None:
@@ -1225,6 +1225,11 @@ _NOT_SERVED = frozenset(["EXPN", "TURN", "ETRN", "ATRN", "SEND", "SOML", "SAML"]
 _HTTP = frozenset(
     ["GET", "POST", "PUT", "HEAD", "OPTIONS", "CONNECT", "DELETE", "PATCH", "PRI", "HOST:"]
 )
+
+
+@lru_cache
+def _greeted(text: str) -> Reply:
+    return Reply(250, "", text)
 
 
 def _no_argument(argument: str) -> None:
