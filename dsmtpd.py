@@ -27,7 +27,6 @@ import email.parser
 import errno
 import importlib
 import inspect
-import itertools
 import logging
 import mailbox
 import operator
@@ -1711,8 +1710,8 @@ class Connection:
         self._reader = reader
         self._writer = writer
         self._unsent = bytearray()
-        self._put_off: list[Action] = []
-        """The action that _answer() has left to the task, if there is one."""
+        self._put_off: Action | None = None
+        """What _answer() has left to the task."""
         self._interrupted = asyncio.Event()
         self._delivering = False
         self._loop = asyncio.get_running_loop()
@@ -1760,37 +1759,43 @@ class Connection:
     async def _converse(self) -> None:
         data: bytes | None = b""
         while data is not None:
-            actions = self._session.receive(data, datetime.now(timezone.utc))
-            for action in itertools.chain(self._put_off, actions):
-                reply = action if isinstance(action, Reply) else await self._perform(action)
-                if reply is not None:
-                    self._say(reply)
-                if isinstance(action, Close) or (reply is not None and reply.closes):
-                    await self._flush()
-                    return
-                if isinstance(action, StartTLS):
-                    break  # data is from before it, and not to be trusted
-                if len(self._unsent) >= CHUNK:
-                    await self._flush()
-            await self._flush()
-            self._put_off = []
-            self._waiting_since = self._loop.time()
-            data = await self._reader.receive(self._answer)
-            self._waiting_since = None
+            reader = self._reader
+            if not await self._catch_up():
+                return
+            if reader is not self._reader:
+                data = b""  # it came in plain text, ahead of TLS
+            if self._answer(data):
+                data = await self._reader.receive(self._answer)
+                self._waiting_since = None
+            else:
+                data = b""
 
     def _answer(self, data: bytes) -> bool:
-        """Do at once what takes no waiting; returns whether that is all there is to do."""
+        """Give the session what has arrived, and send its replies; never waits.
+
+        Returns False when there is something to wait for, which it leaves to _catch_up().
+        """
         for action in self._session.receive(data, datetime.now(timezone.utc)):
             if not isinstance(action, Reply) or action.closes or len(self._unsent) >= CHUNK:
-                self._put_off = [action]
+                self._put_off = action
                 return False
             self._say(action)
         self._waiting_since = self._loop.time()
         return self._send()
 
-    async def _perform(self, action: Action) -> Reply | None:
-        """Carry out an action, after all that was said before; returns what to say then."""
+    async def _catch_up(self) -> bool:
+        """Carry out what was put off, and its reply; returns whether the session goes on."""
         await self._flush()
+        action, self._put_off = self._put_off, None
+        reply = action if isinstance(action, Reply) else await self._perform(action)
+        if reply is not None:
+            self._say(reply)
+        over = isinstance(action, Close) or (reply is not None and reply.closes)
+        if over:
+            await self._flush()
+        return not over
+
+    async def _perform(self, action: Action | None) -> Reply | None:
         if isinstance(action, Deliver):
             self._delivering = True
             reply = await self._server.deliver(action.envelope)
