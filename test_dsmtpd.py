@@ -2440,6 +2440,7 @@ def test_capture_options(tmp_path: Path) -> None:
     with dsmtpd.capture(directory=tmp_path / "mail", handler=None, max_size=500) as inbox:
         send(inbox)
         path = inbox.wait().path
+        assert path is not None
         assert path.parent == tmp_path / "mail" / "new"
         with pytest.raises(smtplib.SMTPSenderRefused, match="larger"):
             send(inbox, subject="x" * 500)
