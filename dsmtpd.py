@@ -903,8 +903,9 @@ class Session:
         eol, buffer = self._line_end, self._buffer
         if len(buffer) <= 2 * len(eol):  # too short for an end
             return None
-        # Most chunks have no such dot at all, and then one search is enough.
-        dot = buffer.find(eol + b".")
+        # Most chunks have no such dot, and those of an attachment no dot at all: that is found
+        # out in no time.
+        dot = buffer.find(eol + b".") if b"." in buffer else -1
         end = buffer.find(eol + b"." + eol, dot) if dot >= 0 else -1
         if end >= 0:
             self._keep_lines(transaction, end + len(eol), dot)
