@@ -807,7 +807,7 @@ class Session:
 
     def _turn_away(self) -> Reply | None:
         """RFC 5321 section 3.1: after a greeting that refuses, the client may only QUIT."""
-        line = self._take_line()
+        line = self._take_line(self._turn_away)
         if line is None:
             return None
         if line.strip().upper() != b"QUIT":
@@ -833,7 +833,7 @@ class Session:
         self._buffer.clear()
 
     def _read_command(self) -> Action | None:
-        line = self._take_line()
+        line = self._take_line(self._read_command)
         if line is None:
             return None
         self._line_end = b"\r\n"
@@ -869,28 +869,31 @@ class Session:
         secret = self._guarded and words and words[0] not in _COMMANDS
         return "***" if secret else printable(text)
 
-    def _take_line(self) -> bytes | None:
-        """A bare LF ends a line as well, so that a person with netcat can type a message."""
+    def _take_line(self, after_error: Reader) -> bytes | None:
+        """A bare LF ends a line as well, so that a person with netcat can type a message.
+
+        after_error is who reads on when a line was too long.
+        """
         end = self._buffer.find(b"\n", self._searched) + 1
         if not end:
             self._searched = len(self._buffer)
             if self._searched >= MAX_COMMAND:
-                self._read = self._skip_line
+                self._read = partial(self._skip_line, after_error)
             return None
         line = bytes(self._buffer[:end])
         del self._buffer[:end]
         self._searched = 0
         if end > MAX_COMMAND:
-            self._read = self._read_command
+            self._read = after_error
             raise SMTPError(500, "5.5.2", "Line too long")
         return line
 
-    def _skip_line(self) -> None:
+    def _skip_line(self, after_error: Reader) -> None:
         end = self._buffer.find(b"\n") + 1
         del self._buffer[: end or len(self._buffer)]
         self._searched = 0
         if end:
-            self._read = self._read_command
+            self._read = after_error
             raise SMTPError(500, "5.5.2", "Line too long")
 
     def _read_content(self, transaction: Transaction) -> Action | None:
@@ -1016,7 +1019,7 @@ class Session:
 
     def _read_answer(self, dialogue: Dialogue) -> Reply | None:
         """RFC 4954 section 4: a line of base64, or "*" to cancel."""
-        line = self._take_line()
+        line = self._take_line(self._read_command)
         if line is None:
             return None
         if log.isEnabledFor(logging.DEBUG):

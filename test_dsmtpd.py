@@ -1024,6 +1024,14 @@ def test_long_line(size: int) -> None:
     assert replies == b"250 2.0.0 OK\r\n500 5.5.2 Line too long\r\n250 2.0.0 OK\r\n"
 
 
+@pytest.mark.parametrize("size", [1, 1000, 100_000])
+def test_long_line_after_a_refusing_greeting(size: int) -> None:
+    client = Client(fail=["CONNECT * 554"])
+    octets = b"NOOP " + b"x" * 12_288 + b"\r\nNOOP\r\nQUIT\r\n"
+    replies = b"".join(client.send(octets[at : at + size]) for at in range(0, len(octets), size))
+    assert [line[:3] for line in replies.splitlines()] == [b"500", b"503", b"221"]
+
+
 def test_a_gigabyte_without_a_line_end() -> None:
     client = Client()
     chunk = b"x" * dsmtpd.CHUNK
@@ -1185,7 +1193,8 @@ def test_each_stage_can_drop_and_delay(verb: str, caplog: pytest.LogCaptureFixtu
 def test_the_greeting_can_refuse() -> None:
     client = Client(fail=["CONNECT 127.0.0.1 554 5.7.1 Go away"])
     assert client.greeting == b"554 5.7.1 Go away\r\n"
-    assert client.codes("EHLO x", "MAIL FROM:<a@b>", "QUIT", "QUIT") == "503 503 221 -"
+    lines = ["EHLO x", "MAIL FROM:<a@b>", "NOOP " + "x" * 20_000, "NOOP", "QUIT", "QUIT"]
+    assert client.codes(*lines) == "503 503 500 503 221 -"
     assert Client(fail=["CONNECT 127.0.0.2 554"]).greeting.startswith(b"220")
 
 
