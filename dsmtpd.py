@@ -1833,8 +1833,8 @@ class Connection:
 
     def _send(self) -> None:
         if self._unsent:
-            self._writer.write(bytes(self._unsent))
-            self._unsent.clear()
+            self._writer.write(self._unsent)
+            self._unsent = bytearray()
 
     async def _flush(self) -> None:
         """Send the replies, and wait for a client that does not read, before they pile up."""
