@@ -2277,7 +2277,8 @@ class _Program:
         """Serve until it is over; returns the exit status."""
         try:
             deliver, storing = self._delivery()
-            watched = self._arguments.expect or self._arguments.json or self._arguments.print
+            given = self._arguments
+            watched = any((given.expect, given.json, given.print))
             on_message = self._on_message if watched else None
             server = Server(self._config, deliver=deliver, on_message=on_message)
         except (OSError, ValueError, mailbox.Error) as error:
