@@ -8,8 +8,7 @@ Usage::
 Each server is started on the loopback interface and gets its messages from a load generator
 of its own: one thread, prepared requests, and, but for one row, no pipelining. The servers
 of a row take turns, run by run; what is printed is the median and the range of the runs. A
-server that is not installed is left out. For Linux; other systems with ``ps`` will do, with
-coarser figures of CPU time and memory.
+server that is not installed is left out. For Linux, whose /proc has the figures of a process.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
@@ -274,26 +272,13 @@ def _family(pid: int) -> list[int]:
 
 
 def _cpu(pid: int) -> float:
-    if sys.platform == "linux":
-        # The clock that clock_getcpuclockid(3) names: nanoseconds, where /proc has 10 ms.
-        return time.clock_gettime(~pid << 3 | 2)
-    seconds = 0.0
-    for part in _ps(pid, "time").replace("-", ":").split(":"):  # [days-][hours:]minutes:seconds
-        seconds = seconds * 60 + float(part)
-    return seconds
+    # The clock that clock_getcpuclockid(3) names: nanoseconds, where /proc has 10 ms.
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def _memory(pid: int, name: str) -> int:
-    status = Path(f"/proc/{pid}/status")
-    if not status.exists():
-        return int(_ps(pid, "rss"))
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(fields[name].split()[0])
-
-
-def _ps(pid: int, column: str) -> str:
-    command = ["ps", "-o", f"{column}=", "-p", str(pid)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)[name].split()[0])
 
 
 class Peak:
@@ -302,27 +287,15 @@ class Peak:
     def __init__(self, server: Running) -> None:
         self.value = 0
         self._server = server
-        self._over = threading.Event()
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Peak:
         self._idle = self._server.memory("VmRSS")
-        if sys.platform == "linux":
-            for pid in self._server.pids:  # begins VmHWM anew, see proc(5)
-                Path(f"/proc/{pid}/clear_refs").write_text("5")
-        else:
-            self._sampler.start()
+        for pid in self._server.pids:  # begins VmHWM anew, see proc(5)
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
-        if self._sampler.is_alive():
-            self._sampler.join()
-        self.value = max(self.value, self._server.memory("VmHWM") - self._idle)
-
-    def _sample(self) -> None:
-        while not self._over.wait(0.01):
-            self.value = max(self.value, self._server.memory("VmRSS") - self._idle)
+        self.value = self._server.memory("VmHWM") - self._idle
 
 
 # --- The load generator ---------------------------------------------------------------
