@@ -1530,6 +1530,8 @@ class Server:
         reader = _Reader()
         protocol = _TLSReaderProtocol(reader)
         assert self._tls is not None
+        if transport.is_closing():  # of which start_tls would never hear
+            raise ConnectionResetError("the client is gone")
         plain = transport.get_protocol()
         try:
             secure = await loop.start_tls(transport, protocol, self._tls, server_side=True)
@@ -1670,9 +1672,9 @@ class Workers:
 
     def _look(self) -> None:
         self._timer = None
-        self._settle()
         if self._waiting:
             self._start(len(self._waiting))
+        self._settle()
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         with contextlib.suppress(IndexError):
@@ -1686,14 +1688,15 @@ class Workers:
 
     def _rest(self) -> None:
         """A thread has found nothing more to do."""
-        self._settle()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._waiting:
             self._start(1)
+        self._settle()
 
     def _settle(self) -> None:
+        """Last of all: a thread that has taken the last call may have ended others by then."""
         while self._done:
             future, result, error = self._done.popleft()
             if not future.cancelled():
@@ -1717,7 +1720,7 @@ class Connection:
         self._writer = writer
         self._unsent = bytearray()
         self._put_off: Action | None = None
-        """What _answer() has left to the task."""
+        """What _advance() has left to the task."""
         self._interrupted = asyncio.Event()
         self._delivering = False
         self._loop = asyncio.get_running_loop()
@@ -1733,14 +1736,14 @@ class Connection:
             await self._converse()
         except SMTPError as error:  # interrupted
             self._say(error.reply)
-            self._send()
         except OSError as error:
             log.debug("%s: %s", self._peer, error)
         finally:
             self._session.close()
+            self._send()
             self._writer.close()
             self._waiting_since = self._loop.time()
-            with contextlib.suppress(OSError, SMTPError):
+            with contextlib.suppress(Exception):  # what has ended it is no news
                 await self._writer.wait_closed()
             self._timer.cancel()
 
@@ -1751,9 +1754,8 @@ class Connection:
     def interrupt(self, error: SMTPError) -> None:
         """End the session with this reply, at the next time it waits for the client."""
         self._interrupted.set()
-        transport = self._writer.transport
-        if transport.is_closing() or transport.get_write_buffer_size():
-            transport.abort()  # it does not read what we say
+        if self._unwritten():
+            self._writer.transport.abort()  # it does not read what we say
         else:
             self._reader.set_exception(error)
 
@@ -1770,26 +1772,34 @@ class Connection:
                 return
             if reader is not self._reader:
                 data = b""  # it came in plain text, ahead of TLS
-            if self._answer(data):
+            if self._advance(data):
+                await self._flush()
+                self._waiting_since = self._loop.time()
                 data = await self._reader.receive(self._answer)
                 self._waiting_since = None
             else:
                 data = b""
 
     def _answer(self, data: bytes) -> bool:
-        """Give the session what has arrived, and send its replies; never waits.
+        """Answer what has arrived; returns False when there is something for the task to do."""
+        if not self._advance(data):
+            return False
+        self._waiting_since = self._loop.time()
+        # Replies that leave one behind the other find clients awake; that saves a twentieth.
+        self._loop.call_soon(self._send)
+        return not self._unwritten()
 
-        Returns False when there is something to wait for, which it leaves to _catch_up().
+    def _advance(self, data: bytes) -> bool:
+        """Give the session what has arrived, and say what it replies; never waits.
+
+        Returns False when it comes to an action that takes time, which is put off.
         """
         for action in self._session.receive(data, datetime.now(timezone.utc)):
             if not isinstance(action, Reply) or action.closes or len(self._unsent) >= CHUNK:
                 self._put_off = action
                 return False
             self._say(action)
-        self._waiting_since = self._loop.time()
-        # Replies that leave one behind the other find clients awake; that saves a twentieth.
-        self._loop.call_soon(self._send)
-        return not self._writer.transport.get_write_buffer_size()
+        return True
 
     async def _catch_up(self) -> bool:
         """Carry out what was put off, and its reply; returns whether the session goes on."""
@@ -1839,10 +1849,16 @@ class Connection:
     async def _flush(self) -> None:
         """Send the replies, and wait for a client that does not read, before they pile up."""
         self._send()
-        if self._writer.transport.get_write_buffer_size():
+        if self._unwritten():
             self._waiting_since = self._loop.time()
             await self._writer.drain()
             self._waiting_since = None
+
+    def _unwritten(self) -> int:
+        """Octets of replies that the system did not take, since the client does not read."""
+        with contextlib.suppress(AttributeError):  # TLS of Python 3.10, without its client
+            return self._writer.transport.get_write_buffer_size()
+        return 0
 
     def _watch(self) -> None:
         """Look whether the client is silent for too long, and when to look again.

@@ -9,6 +9,7 @@ import email.header
 import email.message
 import email.utils
 import json
+import logging
 import mailbox
 import os
 import random
@@ -1777,6 +1778,68 @@ def test_a_client_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     run(scenario)
 
 
+def test_a_client_that_does_not_read_holds_up_nobody() -> None:
+    """Whatever the buffers hold; and it gets every reply when it does read."""
+
+    async def scenario() -> None:
+        async with Server(port=0, deliver=print) as server:
+            deaf, other = await Peer.connect(server), await Peer.connect(server)
+            assert isinstance(deaf.writer.transport, asyncio.Transport)
+            deaf.writer.transport.pause_reading()
+            await other.reply()
+            for _ in range(300):
+                deaf.writer.write(b"HELP\r\n" * 300)
+                assert await asyncio.wait_for(other.ask("NOOP"), 5) == "250 2.0.0 OK"
+            deaf.writer.transport.resume_reading()
+            assert (await deaf.reply()).startswith("220 ")
+            for _ in range(300 * 300):
+                assert (await deaf.reply()).startswith("214 ")
+            await deaf.close()
+            await other.close()
+
+    run(scenario)
+
+
+def test_half_closed_connections(tmp_path: Path) -> None:
+    """The replies come, also where the client has said its last word with its message."""
+    with dsmtpd.capture(directory=tmp_path) as inbox:
+        for rest, codes in (("", "250"), ("NOOP\r\n", "250 250"), ("QUIT\r\n", "250 221")):
+            with socket.create_connection((inbox.host, inbox.port), 20) as client:
+                lines = ["EHLO x", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", f"{CLEAN}", "."]
+                client.sendall("\r\n".join([*lines, rest]).encode())
+                client.shutdown(socket.SHUT_WR)
+                replies = client.makefile("rb").read()
+            assert [line[:3] for line in replies.splitlines()][-len(codes.split()) :] == [
+                code.encode() for code in codes.split()
+            ]
+        assert len(inbox.messages) == 3
+
+
+def test_an_error_in_the_session_ends_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is a bug, and logged; the others go on."""
+    caplog.set_level("ERROR")
+
+    async def scenario() -> None:
+        async with Server(port=0, deliver=print) as server:
+            peer = await Peer.connect(server)
+            await peer.reply()
+            with monkeypatch.context() as patch:
+                patch.setattr(dsmtpd, "lint", lambda envelope: 1 / 0)
+                assert await peer.send_mail() == ""
+            await peer.close()
+            await server.finish(20)
+            assert not server._connections
+            peer = await Peer.connect(server)
+            await peer.reply()
+            assert (await peer.send_mail()).startswith("250")
+            await peer.close()
+
+    run(scenario)
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 2)
 
@@ -1986,6 +2049,62 @@ def test_tls_clients_that_misbehave(pem: Path, caplog: pytest.LogCaptureFixture)
     assert all("the TLS handshake failed" in record.getMessage() for record in records)
     assert not [record for record in records if record.exc_info]
     assert 3 <= len(records) <= 6
+
+
+@OPENSSL
+@pytest.mark.parametrize("closing", [False, True])
+def test_tls_clients_that_leave_during_a_delivery(
+    closing: bool, pem: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What they have sent is delivered, and nothing is said of it."""
+    ready, go = threading.Event(), threading.Event()
+    envelopes: list[Envelope] = []
+
+    def deliver(envelope: Envelope) -> None:
+        ready.set()
+        assert go.wait(20)
+        envelopes.append(envelope)
+
+    async def scenario() -> None:
+        server = Server(tls="implicit", cert=pem / "both.pem", port=0, deliver=deliver)
+        await server.start()
+        _, writer = await asyncio.open_connection(
+            server.host, server.port, ssl=trusting(pem), server_hostname="localhost"
+        )
+        message = f"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n{CLEAN}\r\n.\r\n"
+        writer.write(f"EHLO x\r\n{message}{message}".encode())
+        await asyncio.to_thread(ready.wait, 20)
+        writer.transport.abort()
+        other = Peer(*await asyncio.open_connection(server.host, server.port))
+        other.writer.write(b"no TLS, but seen after the client has gone")
+        await other.reply()
+        await other.close()
+        ended = asyncio.create_task(server.close() if closing else server.finish(20))
+        await asyncio.sleep(0)
+        go.set()
+        await ended
+        await server.close()
+
+    run(scenario)
+    assert len(envelopes) == 2
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert {record.name for record in caplog.records} == {"dsmtpd"}
+
+
+@OPENSSL
+def test_a_client_that_is_gone_before_tls(pem: Path) -> None:
+    async def scenario() -> None:
+        options: dict[str, Any] = {"cert": pem / "both.pem", "port": 0, "deliver": print}
+        async with Server(tls="starttls", fail=["STARTTLS * delay 0.2"], **options) as server:
+            peer = await Peer.connect(server)
+            await peer.reply()
+            peer.writer.write(b"NOOP\r\nSTARTTLS\r\n")
+            await peer.reply()
+            peer.writer.transport.abort()
+            await server.finish(20)
+            assert not server._connections
+
+    run(scenario)
 
 
 @OPENSSL
