@@ -1738,6 +1738,8 @@ class Connection:
             self._say(error.reply)
         except OSError as error:
             log.debug("%s: %s", self._peer, error)
+        except Exception:
+            log.exception("%s: the session has failed", self._peer)
         finally:
             self._session.close()
             self._send()

@@ -1819,7 +1819,7 @@ def test_an_error_in_the_session_ends_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is a bug, and logged; the others go on."""
-    caplog.set_level("ERROR")
+    caplog.set_level(logging.ERROR)
 
     async def scenario() -> None:
         async with Server(port=0, deliver=print) as server:
@@ -1837,6 +1837,8 @@ def test_an_error_in_the_session_ends_it(
             await peer.close()
 
     run(scenario)
+    (record,) = (record for record in caplog.records if record.name == "dsmtpd")
+    assert record.getMessage().endswith(": the session has failed")
     assert "ZeroDivisionError" in caplog.text
 
 
