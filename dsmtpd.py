@@ -1720,7 +1720,7 @@ class Connection:
         self._writer = writer
         self._unsent = bytearray()
         self._put_off: Action | None = None
-        """What _advance() has left to the task."""
+        """What _answer() has left to the task."""
         self._interrupted = asyncio.Event()
         self._delivering = False
         self._loop = asyncio.get_running_loop()
@@ -1774,34 +1774,30 @@ class Connection:
                 return
             if reader is not self._reader:
                 data = b""  # it came in plain text, ahead of TLS
-            if self._advance(data):
-                await self._flush()
+            done = self._answer(data)
+            data = b""
+            if self._put_off is None:
+                if not done:
+                    await self._flush()
                 self._waiting_since = self._loop.time()
                 data = await self._reader.receive(self._answer)
                 self._waiting_since = None
-            else:
-                data = b""
 
     def _answer(self, data: bytes) -> bool:
-        """Answer what has arrived; returns False when there is something for the task to do."""
-        if not self._advance(data):
-            return False
-        self._waiting_since = self._loop.time()
-        # Replies that leave one behind the other find clients awake; that saves a twentieth.
-        self._loop.call_soon(self._send)
-        return not self._unwritten()
+        """Give the session what has arrived, and send its replies; never waits.
 
-    def _advance(self, data: bytes) -> bool:
-        """Give the session what has arrived, and say what it replies; never waits.
-
-        Returns False when it comes to an action that takes time, which is put off.
+        Returns False when there is something to wait for: an action that takes time, which is
+        put off, or a client that does not read.
         """
         for action in self._session.receive(data, datetime.now(timezone.utc)):
             if not isinstance(action, Reply) or action.closes or len(self._unsent) >= CHUNK:
                 self._put_off = action
                 return False
             self._say(action)
-        return True
+        self._waiting_since = self._loop.time()
+        # Replies that leave one behind the other find clients awake; that saves a twentieth.
+        self._loop.call_soon(self._send)
+        return not self._unwritten()
 
     async def _catch_up(self) -> bool:
         """Carry out what was put off, and its reply; returns whether the session goes on."""
@@ -1858,9 +1854,10 @@ class Connection:
 
     def _unwritten(self) -> int:
         """Octets of replies that the system did not take, since the client does not read."""
-        with contextlib.suppress(AttributeError):  # TLS of Python 3.10, without its client
+        try:
             return self._writer.transport.get_write_buffer_size()
-        return 0
+        except AttributeError:  # TLS of Python 3.10, without its client
+            return 0
 
     def _watch(self) -> None:
         """Look whether the client is silent for too long, and when to look again.
