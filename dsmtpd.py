@@ -23,7 +23,6 @@ import contextlib
 import email
 import email.header
 import email.message
-import email.parser
 import errno
 import importlib
 import inspect
@@ -32,7 +31,6 @@ import mailbox
 import operator
 import os
 import re
-import secrets
 import signal
 import socket
 import sys
@@ -220,9 +218,8 @@ ACCEPTED = Reply(250, "2.0.0", "Message accepted")
 # client can make one slow.
 
 # The classes say what is not in them: that compiles in a tenth of the time. None has the C0
-# and C1 controls, which terminals obey, or what the decoder makes of octets that are not
-# UTF-8; all have UTF8-non-ascii (RFC 6531 section 3.3).
-_NOT_TEXT = r"\x00-\x1f\x7f-\x9f\ud800-\udfff"
+# and C1 controls, which terminals obey; all have UTF8-non-ascii (RFC 6531 section 3.3).
+_NOT_TEXT = r"\x00-\x1f\x7f-\x9f"
 # RFC 5322 section 3.2.3: atext, and RFC 5321 section 4.1.2: Dot-string
 _ATEXT = rf'[^{_NOT_TEXT} "(),.:;<>@\[\\\]]'
 _DOT_STRING = rf"{_ATEXT}+(?:\.{_ATEXT}+)*"
@@ -250,8 +247,9 @@ _PATH = r':[ ]*<(?P<path>[^">]*(?:"(?:[^"\\]|\\.)*"[^">]*)*|[^>]*)>(?: +(?P<para
 _FROM = re.compile("FROM" + _PATH, re.IGNORECASE | re.ASCII)
 _TO = re.compile("TO" + _PATH, re.IGNORECASE | re.ASCII)
 # What names a client in EHLO: anything visible, in one word. RFC 5321 section 4.1.1.1 wants
-# a domain or an address literal; what applications have is the name of their machine.
-_HELO = re.compile(f"[^{_NOT_TEXT} ]+")
+# a domain or an address literal; what applications have is the name of their machine. What
+# the decoder makes of octets that are not UTF-8 is no name; parse_mailbox asks by itself.
+_HELO = re.compile(rf"[^{_NOT_TEXT}\ud800-\udfff ]+")
 
 # RFC 3461 section 4: xtext = *( xchar / hexchar )
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
@@ -414,6 +412,8 @@ class Envelope:
     @cached_property
     def email(self) -> email.message.EmailMessage:
         """The content, parsed; a field that makes no sense is the text that was sent."""
+        import email.parser
+
         parser = email.parser.BytesParser(policy=_lenient_policy())
         try:
             message = parser.parsebytes(self.content)
@@ -573,27 +573,23 @@ class Transaction:
     """Why the content is read but not kept."""
 
 
-@dataclass(frozen=True)
-class Deliver:
+class Deliver(NamedTuple):
     """Action: store the envelope, then send the reply to the end of the content."""
 
     envelope: Envelope
 
 
-@dataclass(frozen=True)
-class StartTLS:
+class StartTLS(NamedTuple):
     """Action: begin TLS, and throw away what has arrived in plain text (RFC 3207)."""
 
 
-@dataclass(frozen=True)
-class Delay:
+class Delay(NamedTuple):
     """Action: wait so many seconds before the next action; other sessions go on."""
 
     seconds: float
 
 
-@dataclass(frozen=True)
-class Close:
+class Close(NamedTuple):
     """Action: close the connection without a word."""
 
 
@@ -1339,7 +1335,7 @@ class MaildirStore(mailbox.Maildir):
         # mailbox.Maildir.add leaves a file in tmp when the disk is full, counts on one
         # thread, and on Windows ends the lines with CRLF.
         seconds, rest = divmod(time.time_ns(), 1_000_000_000)
-        key = f"{seconds}.M{rest // 1000:06}P{os.getpid()}R{secrets.token_hex(8)}.{HOSTNAME}"
+        key = f"{seconds}.M{rest // 1000:06}P{os.getpid()}R{os.urandom(8).hex()}.{HOSTNAME}"
         tmp, new = f"{self.directory}/tmp/{key}", f"{self.directory}/new/{key}"
         header, content = trace_header(envelope, key), envelope.content
         if envelope.mail_options.get("BODY", "").upper() != "BINARYMIME":
@@ -1646,7 +1642,10 @@ class Workers:
         self._waiting: deque[tuple[Envelope, Outcome]] = deque()
         self._done: deque[tuple[Outcome, object, BaseException | None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
-        self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
+
+    @cached_property
+    def _threads(self) -> concurrent.futures.ThreadPoolExecutor:
+        return concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
 
     async def call(self, envelope: Envelope) -> object:
         """What the function returns for the envelope; raises what it raises."""
@@ -1939,7 +1938,9 @@ def _address(name: Any) -> str:
 
 def _listen(config: Config) -> list[socket.socket]:
     """A listening socket for each address of the interface, all at the same port."""
-    found = socket.getaddrinfo(config.interface, config.port, type=socket.SOCK_STREAM)
+    # Octets where they will do: to make them of a str loads all of IDNA.
+    host = config.interface.encode() if config.interface.isascii() else config.interface
+    found = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)
     attempts = 1 if config.port else 20
     while True:
         try:
@@ -2144,6 +2145,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = _Parser(
         prog="dsmtpd",
         usage="%(prog)s [options] [-- COMMAND [ARG ...]]",
+        # To ask for the width of the terminal takes 4 ms, at each start.
+        formatter_class=partial(argparse.HelpFormatter, width=80),
         description="An SMTP server that keeps every message in a Maildir and passes none on."
         " With a command it serves while the command runs, and ends with its exit status.",
         epilog="Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage or no"

@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import resource
+import select
 import selectors
 import shutil
 import signal
@@ -250,7 +251,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _wait_until_ready(peer: Peer, process: subprocess.Popen[bytes], port: int) -> None:
     if not peer.serves:
-        process.wait(STALLED)
+        # Not wait(STALLED), which looks only now and then.
+        select.select([os.pidfd_open(process.pid)], [], [], STALLED)
         return
     deadline = time.perf_counter() + STALLED
     while time.perf_counter() < deadline:
