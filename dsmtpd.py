@@ -1853,6 +1853,7 @@ class Connection:
         self._unsent += octets
 
     def send(self) -> None:
+        """Hand what was said to the system."""
         if self._unsent:
             self._writer.write(self._unsent)
             self._unsent = bytearray()
