@@ -252,7 +252,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _wait_until_ready(peer: Peer, process: subprocess.Popen[bytes], port: int) -> None:
     if not peer.serves:
         # Not wait(STALLED), which looks only now and then.
-        select.select([os.pidfd_open(process.pid)], [], [], STALLED)
+        with os.fdopen(os.pidfd_open(process.pid)) as ended:
+            select.select([ended], [], [], STALLED)
         return
     deadline = time.perf_counter() + STALLED
     while time.perf_counter() < deadline:
