@@ -469,7 +469,7 @@ def _decode_words(match: re.Match[str]) -> str:
 
 
 _EMPTY_LINE = re.compile(rb"\n\r?\n")
-_FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:", re.MULTILINE)
+_FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:.*", re.MULTILINE)
 # Octets of the header section that are looked at for its fields.
 _FIELDS_WITHIN = 1_048_576
 # RFC 5322 section 3.6
@@ -923,7 +923,7 @@ class Session:
 
     def _keep_lines(self, transaction: Transaction, count: int, dot: int) -> None:
         octets = self._buffer[:count]
-        if dot >= 0:
+        if 0 <= dot < count - len(self._line_end):
             octets = octets.replace(self._line_end + b".", self._line_end)
         del self._buffer[:count]
         self._keep(transaction, octets, len(self._line_end))
