@@ -37,7 +37,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import format_datetime
@@ -45,7 +45,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import email.policy
@@ -170,12 +170,9 @@ class Reply:
     status: str
     text: str
 
-    def __bytes__(self) -> bytes:
-        return self._octets
-
-    # Most replies are constants, and said all day.
     @cached_property
-    def _octets(self) -> bytes:
+    def octets(self) -> bytes:
+        """The reply as it is sent; most replies are constants, and said all day."""
         # RFC 2034 section 4: the status code stands on every line.
         status = self.status and self.status + " "
         *lines, last = [status + line for line in self.text.split("\n")]
@@ -743,17 +740,17 @@ class Session:
         self._left = 0  # octets of the chunk that BDAT announced
         self._guarded = False  # whether the log has shown AUTH
         self._errors = 0
-        self._now = datetime.min
+        self._now = 0.0
         # Who takes the next octets off the buffer. A reader takes one unit and returns its
         # action, raises SMTPError, or returns None when the unit is not complete.
         self._read: Reader = self._greet
 
-    def receive(self, data: bytes, now: datetime) -> Iterator[Action]:
+    def receive(self, data: bytes, now: float) -> Iterator[Action]:
         """Take the octets that arrived, and do what they ask for.
 
         The actions are worked out one by one, as they are asked for: whoever drives the
         session carries each one out before it takes the next. No octets at all, at the
-        start, get the greeting. now is the time that goes into the envelopes.
+        start, get the greeting. now is the time that goes into the envelopes, as time.time().
         """
         self._buffer += data
         self._now = now
@@ -988,7 +985,7 @@ class Session:
             rcpt_tos=transaction.rcpt_tos,
             rcpt_options=transaction.rcpt_options,
             content=content,
-            received=self._now,
+            received=datetime.fromtimestamp(self._now, timezone.utc),
         )
         envelope.warnings.extend([*self._habits, *lint(envelope)])
         self._habits.clear()
@@ -1509,7 +1506,7 @@ class Server:
         peer = _address(writer.get_extra_info("peername"))
         if len(self._connections) >= MAX_CONNECTIONS:
             log.warning("%s: too many connections", peer)
-            writer.write(bytes(Reply(421, "4.3.2", "Too many connections")))
+            writer.write(Reply(421, "4.3.2", "Too many connections").octets)
             writer.close()
             return
         session = Session(self.config, peer, self._shared)
@@ -1562,10 +1559,15 @@ class Server:
     async def deliver(self, envelope: Envelope) -> Reply:
         """Hand a message over; returns the reply to the end of its content."""
         try:
-            result = await self._hand_over(envelope)
+            if self._deliver_in_loop:
+                result = await self._deliver(envelope)
+            else:
+                result = await self._workers.call(envelope)
+                if inspect.isawaitable(result):
+                    result = await result
         except SMTPError as error:
             return error.reply
-        except Exception:
+        except (Exception, SystemExit, KeyboardInterrupt):  # the end is not for it to decide
             log.exception("%s: the message could not be delivered", envelope.peer)
             return Reply(451, "4.3.0", "Cannot take the message now")
         if self._on_message is not None:
@@ -1575,15 +1577,6 @@ class Server:
         if log.isEnabledFor(logging.INFO):
             log.info("%s: %s", envelope.peer, _summary(envelope))
         return ACCEPTED
-
-    async def _hand_over(self, envelope: Envelope) -> object:
-        try:
-            if self._deliver_in_loop:
-                return await self._deliver(envelope)
-            result = await self._workers.call(envelope)
-            return await result if inspect.isawaitable(result) else result
-        except (SystemExit, KeyboardInterrupt) as error:  # not for a handler to decide
-            raise RuntimeError(repr(error)) from error
 
 
 class _Reader(asyncio.StreamReader):
@@ -1596,10 +1589,10 @@ class _Reader(asyncio.StreamReader):
         super().__init__(limit=CHUNK)
         self._take: Callable[[bytes], bool] | None = None
 
-    def feed_data(self, data: Iterable[SupportsIndex]) -> None:
+    def feed_data(self, data: Any) -> None:
         if self._take is None:
             super().feed_data(data)
-        elif not self._take(bytes(data)):
+        elif not self._take(data):
             self._take = None
             super().feed_data(b"\n")  # wakes receive(), and is dropped there
 
@@ -1808,7 +1801,7 @@ class Connection:
         Returns False when there is something to wait for: an action that takes time, which is
         put off, or a client that does not read.
         """
-        for action in self._session.receive(data, datetime.now(timezone.utc)):
+        for action in self._session.receive(data, time.time()):
             if not isinstance(action, Reply) or action.closes or len(self._unsent) >= CHUNK:
                 self._put_off = action
                 return False
@@ -1851,11 +1844,10 @@ class Connection:
         self._reader, self._writer = streams
 
     def _say(self, reply: Reply) -> None:
-        octets = bytes(reply)
         if log.isEnabledFor(logging.DEBUG):
-            for line in octets.decode().splitlines():
+            for line in reply.octets.decode().splitlines():
                 log.debug("%s S: %s", self._peer, line)
-        self._unsent += octets
+        self._unsent += reply.octets
 
     def send(self) -> None:
         """Hand what was said to the system."""

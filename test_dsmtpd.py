@@ -60,12 +60,12 @@ class Client:
     def send(self, data: bytes) -> bytes:
         """The replies to these octets."""
         replies = b""
-        for action in self.session.receive(data, NOW):
+        for action in self.session.receive(data, NOW.timestamp()):
             if isinstance(action, dsmtpd.Deliver):
                 self.envelopes.append(action.envelope)
                 action = Reply(250, "2.0.0", "Message accepted")
             if isinstance(action, Reply):
-                replies += bytes(action)
+                replies += action.octets
             else:
                 replies += f"<{action}>\r\n".encode()
         return replies
@@ -1083,8 +1083,8 @@ def test_error_is_one(code: tuple[int, str]) -> None:
 
 
 def test_reply_stays_in_its_line() -> None:
-    assert bytes(SMTPError(550, "5.7.1", "no\r\n250 yes é").reply) == b"550 5.7.1 no 250 yes ?\r\n"
-    assert bytes(Reply(250, "2.0.0", "a\nb")) == b"250-2.0.0 a\r\n250 2.0.0 b\r\n"
+    assert SMTPError(550, "5.7.1", "no\r\n250 yes é").reply.octets == b"550 5.7.1 no 250 yes ?\r\n"
+    assert Reply(250, "2.0.0", "a\nb").octets == b"250-2.0.0 a\r\n250 2.0.0 b\r\n"
 
 
 # --- Noise --------------------------------------------------------------------------------
