@@ -754,7 +754,18 @@ class Session:
         """
         self._buffer += data
         self._now = now
-        while (action := self._next()) is not None:
+        while True:
+            if self.transaction is None and self._held:
+                self._hold(0)
+            try:
+                action = self._read()
+                if action is None:
+                    return
+                self._errors = 0
+            except SMTPError as error:
+                action = self._refuse(error)
+            if isinstance(action, Reply) and action.closes:
+                self._read = self._ignore
             yield action
 
     def close(self) -> None:
@@ -762,26 +773,11 @@ class Session:
         self.transaction = None
         self._hold(0)
 
-    def _next(self) -> Action | None:
-        if self.transaction is None and self._held:
-            self._hold(0)
-        try:
-            action = self._read()
-        except SMTPError as error:
-            return self._refuse(error)
-        if action is not None:
-            self._errors = 0
-            if isinstance(action, Reply) and action.closes:
-                self._read = self._ignore
-        return action
-
     def _refuse(self, error: SMTPError) -> Reply:
         """RFC 5321 section 4.3.2 lets a server end a session that makes no sense."""
         self._errors += error.reply.code >= 500
         if self._errors > MAX_ERRORS:
             error = SMTPError(421, "4.7.0", "Too many errors")
-        if error.reply.closes:
-            self._read = self._ignore
         return error.reply
 
     def _hold(self, octets: int) -> None:
@@ -1618,14 +1614,16 @@ class _StreamProtocol(asyncio.StreamReaderProtocol, asyncio.BufferedProtocol):
     """
 
     def __init__(self, buffer: memoryview, accept: Callable[..., Any]) -> None:
-        super().__init__(_Reader(), accept)
+        reader = _Reader()
+        super().__init__(reader, accept)
+        self._feed = reader.feed_data
         self._buffer = buffer
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(self._buffer[:nbytes]))
+        self._feed(bytes(self._buffer[:nbytes]))
 
 
 class _TLSReaderProtocol(asyncio.StreamReaderProtocol):
