@@ -43,13 +43,13 @@ from datetime import datetime, timezone
 from email.utils import format_datetime
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import email.policy
     import ssl
+    from pathlib import Path
 
 __version__ = "2.0.0"
 __all__ = ["Config", "Envelope", "Inbox", "Reply", "SMTPError", "Server", "capture"]
@@ -422,9 +422,9 @@ class Envelope:
     @cached_property
     def subject(self) -> str:
         """The decoded Subject, in one line; "" where there is none."""
-        match = _SUBJECT.match(self.content, 0, _SUBJECT_WITHIN)
+        match = re.match(_SUBJECT, self.content[:_SUBJECT_WITHIN], re.IGNORECASE)
         raw = match["body"].decode("utf-8", "replace") if match else ""
-        text = _ENCODED_WORDS.sub(_decode_words, " ".join(raw.split()))
+        text = re.sub(_ENCODED_WORDS, _decode_words, " ".join(raw.split()), flags=re.IGNORECASE)
         return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
@@ -446,14 +446,13 @@ def _lenient_policy() -> email.policy.EmailPolicy:
 
 # The first Subject of the header section, with its folded lines. Only the top of the
 # content is searched, so that one without an empty line is not read through.
-_SUBJECT = re.compile(
-    rb"(?:(?!\r?\n|subject[ \t]*:)[^\n]+\n)*subject[ \t]*:(?P<body>[^\n]*(?:\n[ \t]+[^\n]*)*)",
-    re.IGNORECASE,
+_SUBJECT = (
+    rb"(?:(?!\r?\n|subject[ \t]*:)[^\n]+\n)*subject[ \t]*:(?P<body>[^\n]*(?:\n[ \t]+[^\n]*)*)"
 )
 _SUBJECT_WITHIN = 65_536
 # RFC 2047 section 2; blanks between two encoded-words do not count.
 _ENCODED_WORD = r"=\?[!->@-~]+\?[bq]\?[!->@-~]*\?="
-_ENCODED_WORDS = re.compile(f"{_ENCODED_WORD}(?: {_ENCODED_WORD})*", re.IGNORECASE)
+_ENCODED_WORDS = f"{_ENCODED_WORD}(?: {_ENCODED_WORD})*"
 
 
 def _decode_words(match: re.Match[str]) -> str:
@@ -1316,12 +1315,12 @@ class MaildirStore(mailbox.Maildir):
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
-        root = Path(directory or ".").absolute()
+        root = os.path.abspath(directory or ".")
         if directory is not None:
             _check_maildir(root)
         self.directory = root
         for name in ("tmp", "new", "cur"):
-            root.joinpath(name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.makedirs(os.path.join(root, name), mode=0o700, exist_ok=True)
         super().__init__(root, create=False)
 
     def deliver(self, envelope: Envelope) -> Path:
@@ -1330,6 +1329,8 @@ class MaildirStore(mailbox.Maildir):
         The file is whole and on disk when this returns. Raises SMTPError 451, with nothing
         left behind, when it could not be written.
         """
+        from pathlib import Path
+
         # mailbox.Maildir.add leaves a file in tmp when the disk is full, counts on one
         # thread, and on Windows ends the lines with CRLF.
         seconds, rest = divmod(time.time_ns(), 1_000_000_000)
@@ -1342,11 +1343,11 @@ class MaildirStore(mailbox.Maildir):
             content = content.replace(b"\r\n", b"\n") if bare_cr else content.translate(None, b"\r")
         try:
             _write(tmp, header, content)
-            os.rename(tmp, new)  # noqa: PTH104
+            os.rename(tmp, new)
         except OSError as error:
             log.error("Cannot store a message of %s: %s", envelope.peer, error)
             with contextlib.suppress(OSError):
-                os.unlink(tmp)  # noqa: PTH108
+                os.unlink(tmp)
             raise SMTPError(451, "4.3.0", "Cannot store the message now") from error
         return Path(new)
 
@@ -1370,13 +1371,13 @@ def _write(path: str, *parts: bytes) -> None:
         os.close(descriptor)
 
 
-def _check_maildir(root: Path) -> None:
+def _check_maildir(root: str) -> None:
     """Refuse a directory that is in use for something else."""
-    if not root.exists():
+    if not os.path.exists(root):
         return
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise mailbox.Error(f"{root} is not a directory")
-    names = {entry.name for entry in root.iterdir()}
+    names = set(os.listdir(root))
     if names and not names & {"cur", "new"}:
         missing = ", ".join(sorted({"cur", "new", "tmp"} - names))
         raise mailbox.Error(f"{root} is not a Maildir: it has no {missing}")
@@ -1567,6 +1568,8 @@ class Server:
             log.exception("%s: the message could not be delivered", envelope.peer)
             return Reply(451, "4.3.0", "Cannot take the message now")
         if self._on_message is not None:
+            from pathlib import Path
+
             if isinstance(result, Path):
                 envelope = replace(envelope, path=result)
             self._on_message(envelope)
@@ -1903,7 +1906,8 @@ def _load_certificate(
     names = f"certificate {os.fspath(cert)}" + (f" with key {os.fspath(key)}" if key else "")
     try:
         for path in (cert, key or cert):
-            Path(path).read_bytes()  # load_cert_chain does not say which one it cannot read
+            with open(path, "rb"):  # load_cert_chain does not say which one it cannot read
+                pass
         context.load_cert_chain(cert, key, password)
     except ssl.SSLError as error:
         reason = (error.reason or "PEM").replace("_", " ").lower()
@@ -1935,7 +1939,7 @@ def _throw_away_context() -> ssl.SSLContext:
                 f"cannot make a certificate ({error}); make one where there is OpenSSL, with"
                 f" '{_OPENSSL}', and give it with --cert cert.pem --key key.pem"
             ) from error
-        return _load_certificate(Path(directory, "cert.pem"), Path(directory, "key.pem"))
+        return _load_certificate(f"{directory}/cert.pem", f"{directory}/key.pem")
 
 
 def _address(name: Any) -> str:
@@ -2404,7 +2408,7 @@ class _Program:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
         found = {"SMTP_HOST": host, "SMTP_PORT": str(server.port)}
         if self._arguments.handler is None:
-            found["DSMTPD_MAILDIR"] = str(Path(self._config.directory or ".").absolute())
+            found["DSMTPD_MAILDIR"] = os.path.abspath(self._config.directory or ".")
         return found
 
 
@@ -2425,7 +2429,7 @@ def _load_handler(name: str) -> Callable[[Envelope], object]:
     module_name, _, path = name.partition(":")
     if not module_name or not path:
         raise ValueError(f"--handler {name}: must be MODULE:CALLABLE, as in my_file:my_function")
-    sys.path.insert(0, str(Path.cwd()))
+    sys.path.insert(0, os.getcwd())
     try:
         handler: Callable[[Envelope], object] = operator.attrgetter(path)(
             importlib.import_module(module_name)

@@ -1400,7 +1400,7 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     header, _, rest = octets.partition(b"Subject: ")
     assert header == dsmtpd.trace_header(envelope(), path.name)
     assert b"Subject: " + rest == content.replace(b"\r\n", b"\n")
-    assert list(store.directory.joinpath("tmp").iterdir()) == []
+    assert list((tmp_path / "deep" / "mail" / "tmp").iterdir()) == []
     message = mailbox.Maildir(tmp_path / "deep" / "mail", create=False)[path.name]
     assert message["X-Peer"] == "127.0.0.1:54321"
 
@@ -1435,7 +1435,7 @@ def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         dsmtpd.MaildirStore(tmp_path / "other" / "file")
     assert folders(tmp_path / "other") == {"file"}
     monkeypatch.chdir(tmp_path / "other")
-    assert dsmtpd.MaildirStore().directory == tmp_path / "other"
+    assert dsmtpd.MaildirStore().directory == str(tmp_path / "other")
     assert folders(tmp_path / "other") == {"file", "cur", "new", "tmp"}
 
 
