@@ -661,9 +661,8 @@ def parse_rule(text: str) -> Rule:
     pattern = take(r"\s+(\S+)", "a pattern such as * or *@example.com")[1]
     times = take(_TIMES, "")[1]
     action = take(_ACTION, "a code from 400 to 599, delay SECONDS, drop, or ok")
-    return Rule(
-        text, verb.upper(), pattern.lower(), int(times) if times else float("inf"), _action(action)
-    )
+    left = int(times) if times else float("inf")
+    return Rule(text, verb.upper(), pattern.lower(), left, _action(action))
 
 
 def _action(match: re.Match[str]) -> Reply | Delay | Close | None:
@@ -741,7 +740,7 @@ class Session:
 
         The actions are worked out one by one, as they are asked for: whoever drives the
         session carries each one out before it takes the next. No octets at all, at the
-        start, get the greeting. now is the time that goes into the envelopes, as time.time().
+        start, get the greeting. now is what time.time() says, for the envelopes.
         """
         self._buffer += data
         self._now = now
@@ -2453,7 +2452,6 @@ def _print_event(event: str, **values: object) -> None:
 
 
 def _as_json(envelope: Envelope) -> dict[str, object]:
-    path = envelope.path and os.fsencode(envelope.path).decode("utf-8", "replace")
     return {
         "time": envelope.received.isoformat(),
         "peer": envelope.peer,
@@ -2467,7 +2465,7 @@ def _as_json(envelope: Envelope) -> dict[str, object]:
         "subject": envelope.subject,
         "size": len(envelope.content),
         "warnings": envelope.warnings,
-        "path": path,
+        "path": envelope.path and os.fsencode(envelope.path).decode("utf-8", "replace"),
     }
 
 
