@@ -28,7 +28,6 @@ import unittest
 import zipapp
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1572,40 +1571,73 @@ def test_what_deliver_may_do(caplog: pytest.LogCaptureFixture) -> None:
     def shut(envelope: Envelope) -> None:
         raise SMTPError(421, "4.3.2", "Gone")
 
+    assert replies_with(accept) == ["250 2.0.0 Message accepted", "250 2.0.0 OK"]
+    assert replies_with(refuse) == ["554 5.6.0 Refused", "250 2.0.0 OK"]
+    assert replies_with(shut) == ["421 4.3.2 Gone", ""]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("secret detail"),
+        StopIteration("too few"),
+        SystemExit("over"),
+        pytest.fail.Exception("unexpected mail"),  # which is no Exception
+    ],
+    ids=repr,
+)
+def test_what_deliver_may_raise(
+    error: BaseException, later: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(envelope: Envelope) -> None:
-        raise RuntimeError("secret detail")
+        raise error
 
-    def stop(envelope: Envelope) -> None:
-        next(iter([]))
+    async def fail_later(envelope: Envelope) -> None:
+        raise error
 
-    async def scenario(deliver: Callable[[Envelope], object], replies: list[str]) -> None:
+    replies = replies_with(fail_later if later else fail)
+    assert replies == ["451 4.3.0 Cannot take the message now", "250 2.0.0 OK"]
+    assert str(error) in caplog.text
+
+
+def replies_with(deliver: Callable[[Envelope], object]) -> list[str]:
+    """The replies to the end of the content and to NOOP."""
+    replies = []
+
+    async def scenario() -> None:
         async with Server(port=0, deliver=deliver) as server:
             peer = await Peer.connect(server)
             await peer.reply()
-            assert [await peer.send_mail(), await peer.ask("NOOP")] == replies
+            replies.extend([await peer.send_mail(), await peer.ask("NOOP")])
             await peer.close()
 
-    ok = "250 2.0.0 OK"
-    run(lambda: scenario(accept, ["250 2.0.0 Message accepted", ok]))
-    run(lambda: scenario(refuse, ["554 5.6.0 Refused", ok]))
-    run(lambda: scenario(shut, ["421 4.3.2 Gone", ""]))
-    assert not caplog.records
+    run(scenario)
+    return replies
 
-    def leave(envelope: Envelope) -> None:
-        sys.exit(1)
 
-    async def leave_later(envelope: Envelope) -> None:
-        sys.exit(1)
+def test_closing_ends_a_tls_session_that_has_failed() -> None:
+    def send(port: int) -> ssl.SSLSocket:
+        plain = socket.create_connection(("127.0.0.1", port))
+        client = ssl._create_unverified_context().wrap_socket(plain)
+        client.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n\r\n.\r\n")
+        return client
 
-    run(lambda: scenario(leave_later, ["451 4.3.0 Cannot take the message now", ok]))
-    for deliver, detail in (
-        (fail, "secret detail"),
-        (leave, "SystemExit"),
-        (stop, "StopIteration"),
-    ):
-        caplog.clear()
-        run(partial(scenario, deliver, ["451 4.3.0 Cannot take the message now", ok]))
-        assert detail in caplog.text
+    async def scenario() -> None:
+        failed = asyncio.Event()
+
+        def fail(envelope: Envelope) -> None:
+            failed.set()
+            raise RuntimeError
+
+        server = Server(port=0, tls="implicit", deliver=print, on_message=fail)
+        await server.start()
+        with await asyncio.to_thread(send, server.port):  # which never says goodbye
+            await failed.wait()
+            await asyncio.wait_for(server.close(), 10)
+
+    run(scenario)
 
 
 def test_a_slow_disk_holds_up_no_other_session() -> None:
