@@ -2265,6 +2265,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.modules.setdefault("dsmtpd", sys.modules[__name__])
     arguments = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
+    # Its warnings are about clients that have gone ahead of their replies.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     log.setLevel(
         logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO
     )

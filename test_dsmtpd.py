@@ -20,6 +20,7 @@ import signal
 import smtplib
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -2292,6 +2293,21 @@ def test_signals_with_idle_clients(number: int, tmp_path: Path) -> None:
         assert [file.read() for file in files] == [b"421 4.3.2 Shutting down\r\n"] * 5
     assert status == 0
     assert "Traceback" not in text
+
+
+def test_no_noise_about_a_client_that_is_gone(tmp_path: Path) -> None:
+    message = f"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n{CLEAN}\r\n.\r\n"
+    with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            reset = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            client.sendall(b"EHLO x\r\n" + 100 * message.encode())
+            client.recv(1)
+        with smtplib.SMTP("127.0.0.1", server.port) as other:
+            for _ in range(5):
+                other.sendmail("a@b", ["c@d"], CLEAN)
+        _, text = server.stop()
+    assert "socket.send" not in text
 
 
 @POSIX
