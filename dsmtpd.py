@@ -908,7 +908,7 @@ class Session:
 
     def _keep_lines(self, transaction: Transaction, count: int, dot: int) -> None:
         octets = self._buffer[:count]
-        if 0 <= dot < count - len(self._line_end):
+        if 0 <= dot < count - len(self._line_end):  # the dot of the end is not among them
             octets = octets.replace(self._line_end + b".", self._line_end)
         del self._buffer[:count]
         self._keep(transaction, octets, len(self._line_end))

@@ -1618,6 +1618,7 @@ def replies_with(deliver: Callable[[Envelope], object]) -> list[str]:
     return replies
 
 
+@OPENSSL
 def test_closing_ends_a_tls_session_that_has_failed() -> None:
     def send(port: int) -> ssl.SSLSocket:
         plain = socket.create_connection(("127.0.0.1", port))
