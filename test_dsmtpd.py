@@ -3315,6 +3315,12 @@ def test_options_of_the_readme() -> None:
 SCRIPTS = pytest.mark.skipif(not (HERE / "contrib" / "bump.py").exists(), reason="needs contrib/")
 GIT = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 CLONE = pytest.mark.skipif(not (HERE / ".github").exists(), reason="needs a clone")
+RELEASE_STEP = pytest.mark.skipif(
+    os.name != "posix"
+    or not (HERE / ".github").exists()
+    or not all(shutil.which(program) for program in ("bash", "git")),
+    reason="needs POSIX, a clone, bash and git",
+)
 
 CHANGES = """\
 Changes
@@ -3519,30 +3525,26 @@ def workflow(name: str) -> str:
     return (HERE / ".github" / "workflows" / name).read_text("utf-8")
 
 
-@SCRIPTS
-@CLONE
-@GIT
-@POSIX
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_release_is_pushed_whole_or_not_at_all(tmp_path: Path) -> None:
-    """The step of the workflow itself, with a repository to push to."""
-    script = re.search(
-        r"Commit, tag and push both.*?run: \|\n(.*?)\n\n", workflow("release.yml"), re.S
-    )
+def run_release_step(project: Project, version: str) -> subprocess.CompletedProcess[str]:
+    """Run the step of release.yml that commits, tags and pushes, as GitHub does."""
+    release = workflow("release.yml")
+    script = re.search(r"- name: Commit, tag and push.*?run: \|\n(.*?)\n\n", release, re.S)
     assert script
+    variables = {"VERSION": version, "GITHUB_REF": "refs/heads/main"}
+    return project.run("bash", "-e", "-c", script[1], **variables)
+
+
+def add_remote(project: Project, path: Path) -> None:
+    project.git("clone", "--quiet", "--bare", ".", path)
+    project.git("remote", "add", "origin", path)
+
+
+@RELEASE_STEP
+def test_release_step_pushes_commit_and_tag(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
-    project.git("clone", "--quiet", "--bare", ".", tmp_path / "origin")
-    project.git("remote", "add", "origin", tmp_path / "origin")
-
-    def release(version: str) -> int:
-        project.bump("minor")
-        variables = {"VERSION": version, "GITHUB_REF": "refs/heads/main"}
-        return project.run("bash", "-e", "-c", script[1], **variables).returncode
-
-    def origin() -> str:
-        return project.git("ls-remote", "origin", "main", "v*")
-
-    assert release("1.3.0") == 0
+    add_remote(project, tmp_path / "origin")
+    project.bump("minor")
+    assert run_release_step(project, "1.3.0").returncode == 0
     assert project.git("log", "-1", "--format=%B", "v1.3.0") == (
         "Version 1.3.0\n\n- ``-x`` is new:\n\n  - twice.\n\n"
     )
@@ -3550,15 +3552,34 @@ def test_release_is_pushed_whole_or_not_at_all(tmp_path: Path) -> None:
     assert project.git("rev-parse", "HEAD", "v1.3.0^{commit}").split() == 2 * [
         project.git("rev-parse", "origin/main").strip()
     ]
-    # Somebody pushes while the next one is made.
-    project.changes.write_text(project.changes.read_text().replace("---\n", "---\n\n- More.\n", 1))
+
+
+@RELEASE_STEP
+def test_release_step_pushes_nothing_when_the_branch_has_moved(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    add_remote(project, tmp_path / "origin")
+    (project.root / "other.txt").touch()
     project.commit()
     project.git("push", "--quiet", "origin", "HEAD:main")
-    project.git("reset", "--quiet", "--soft", "HEAD^")
-    project.git("commit", "--quiet", "--message", "Other work")
-    before = origin()
-    assert release("1.4.0") != 0
-    assert origin() == before
+    project.git("reset", "--quiet", "--hard", "HEAD^")
+    before = project.git("ls-remote", "origin")
+    project.bump("minor")
+    assert run_release_step(project, "1.3.0").returncode != 0
+    assert project.git("ls-remote", "origin") == before
+
+
+@RELEASE_STEP
+def test_release_step_commits_nothing_without_notes(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    add_remote(project, tmp_path / "origin")
+    before = project.git("ls-remote", "origin"), project.git("rev-parse", "HEAD")
+    # The new version has no section in CHANGES.rst.
+    project.module.write_text('__version__ = "1.3.0"\n')
+    completed = run_release_step(project, "1.3.0")
+    assert completed.returncode != 0
+    assert completed.stderr == "bump: CHANGES.rst has nothing under Version 1.3.0\n"
+    assert (project.git("ls-remote", "origin"), project.git("rev-parse", "HEAD")) == before
+    assert project.git("tag") == ""
 
 
 @SCRIPTS
