@@ -1,16 +1,16 @@
-"""An SMTP server that stays home: it keeps every message and passes none on.
+"""A local SMTP server that stores every message in a Maildir and never delivers it.
 
 Usage::
 
-    python dsmtpd.py -p 1025 -d mail     # every message becomes a file in mail/new/
+    python dsmtpd.py -p 1025 -d mail
 
-It is for developers at their desk and for CI: what an application sends to it is
-accepted, stored in a Maildir, and never reaches anybody.
+Each message that an application sends to it becomes a file in mail/new/. It is meant for
+development and CI.
 
-It follows RFC 5321 (SMTP), RFC 1870 (SIZE), RFC 6152 (8BITMIME), RFC 6531 (SMTPUTF8),
+It implements RFC 5321 (SMTP), RFC 1870 (SIZE), RFC 6152 (8BITMIME), RFC 6531 (SMTPUTF8),
 RFC 2920 (PIPELINING), RFC 2034 and RFC 3463 (ENHANCEDSTATUSCODES), RFC 3461 (DSN),
 RFC 3030 (CHUNKING, BINARYMIME), RFC 3207 (STARTTLS), RFC 4954 and RFC 4616 (AUTH PLAIN).
-Where those leave a choice it does what Postfix does.
+Where these leave a choice, it does what Postfix does.
 """
 
 from __future__ import annotations
@@ -37,122 +37,133 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import format_datetime
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import email.policy
     import ssl
-    from pathlib import Path  # takes a thirtieth of the time until the server listens
 
 __version__ = "2.0.0"
 __all__ = ["Config", "Envelope", "Inbox", "Reply", "SMTPError", "Server", "capture"]
 
 log = logging.getLogger("dsmtpd")
-log.addHandler(logging.NullHandler())  # tests with capture() need no log on the screen
+# Without a handler, logging prints warnings to standard error, also in tests with capture().
+log.addHandler(logging.NullHandler())
 
 
 # --- Limits and configuration -------------------------------------------------------
 
-# Octets of a command line with its CRLF. RFC 5321 section 4.5.3.1.4 asks for 512, and
-# RFC 4954 section 4 for 12,288, which AUTH needs; one limit for all is simpler.
-MAX_COMMAND = 12_288
+# Length of a command line in octets, CRLF included. RFC 5321 section 4.5.3.1.4 requires 512
+# and RFC 4954 section 4 requires 12,288 for AUTH. One limit for all commands is simpler.
+MAX_COMMAND_LENGTH = 12_288
 
-# Recipients of one message. RFC 5321 section 4.5.3.1.8 asks for 100; Postfix has 1000.
+# Recipients of one message. RFC 5321 section 4.5.3.1.8 requires 100; Postfix accepts 1000.
 MAX_RECIPIENTS = 1000
 
-# Errors in a row until the client is sent away; smtpd_hard_error_limit in Postfix is 20.
+# Octets of all addresses and parameters of one message: 512 for each recipient.
+MAX_ENVELOPE_SIZE = 524_288
+
+# Errors in a row before the connection is closed, as smtpd_hard_error_limit in Postfix.
 MAX_ERRORS = 20
 
-# Sessions at the same time, so that a loop in a client cannot use up the machine.
+# Sessions at the same time, so that a loop in a client cannot exhaust the machine.
 MAX_CONNECTIONS = 1000
 
-# Octets of content that all sessions hold together; twice the message size if that is
-# more, so that one large message never keeps a second one out.
-MAX_CONTENT = 256 * 1024 * 1024
+# Octets of content that all sessions may hold in memory together. Where two messages of the
+# maximum size are larger than that, the limit is their size.
+MAX_CONTENT_IN_MEMORY = 256 * 1024 * 1024
 
-# Octets of all addresses and parameters of one message: enough for those recipients, with
-# 512 octets each, and too little to use up the machine.
-MAX_ADDRESSES = 524_288
+# Octets of the content that are searched for the Subject field, and for all fields by the
+# lint. Content without an empty line has no end of the header section.
+MAX_SUBJECT_OFFSET = 65_536
+MAX_HEADER_SIZE = 1_048_576
 
-# Characters of encoded-words in a subject that are decoded.
-MAX_ENCODED = 4096
+# Characters of adjacent encoded-words that are decoded; the decoder is slow for long ones.
+MAX_ENCODED_WORDS = 4096
 
-# Seconds of silence. RFC 5321 section 4.5.3.2.7 asks for five minutes.
+# Seconds without a byte from the client. RFC 5321 section 4.5.3.2.7 requires five minutes.
 IDLE_TIMEOUT = 300.0
 
-# Seconds that clients have for reading the 421 when the server stops.
+# Seconds that clients have to read the last reply when the server stops.
 STOP_TIMEOUT = 0.5
 
-# Seconds that the client of a message has for its QUIT when the block of capture() ends.
-LAST_WORD = 0.2
+# Seconds before the server stops listening, in which asyncio hands over the connections that
+# it has accepted. It would not close them.
+ACCEPT_GRACE = 0.001
 
-# Seconds after which a delivery counts as slow, and others get threads of their own.
-PATIENCE = 0.01
+# Seconds that clients have to send QUIT when the block of capture() ends.
+QUIT_GRACE = 0.2
 
-# Octets of one read, and of the replies that may wait until they are written.
-CHUNK = 65_536
+# Seconds after which the messages that wait for a thread get threads of their own.
+SLOW_DELIVERY = 0.01
 
+# Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
+KILL_TIMEOUT = 5.0
 
-_TLS = (None, "starttls", "implicit")
+# Bytes of one read from a client, and of replies that are written together.
+READ_SIZE = 65_536
 
 
 @dataclass(frozen=True)
 class Config:
-    """The options of a server, named as on the command line; checked when it is made.
+    """The options of a server, named as on the command line.
 
-    Raises ValueError, with a text that says what is allowed.
+    Raises ValueError for an invalid value; the text names the option and what it accepts.
     """
 
     interface: str = "127.0.0.1"
-    """Address or host name to listen at; every address that a name has is used."""
+    """Address or host name to listen on; a name stands for all of its addresses."""
     port: int = 1025
-    """TCP port; 0 takes a free one."""
+    """TCP port; 0 selects a free one."""
     directory: str | os.PathLike[str] | None = None
-    """Maildir to store into; None is the current directory."""
+    """Maildir to store messages in; None is the current directory."""
     max_size: int = 33_554_432
-    """Octets of the largest message that is accepted (RFC 1870); 0 for no limit."""
+    """Maximum size of a message in octets (RFC 1870); 0 is no limit."""
     smtputf8: bool = True
-    """Whether the SMTPUTF8 extension (RFC 6531) is on offer."""
+    """Whether the SMTPUTF8 extension (RFC 6531) is offered."""
     tls: str | None = None
     """ "starttls" (RFC 3207), "implicit" (RFC 8314), or None for no TLS."""
     cert: str | os.PathLike[str] | None = None
-    """PEM file of the certificate; None makes a throw-away one for localhost."""
+    """PEM file of the certificate; None creates a temporary one for localhost."""
     key: str | os.PathLike[str] | None = None
-    """PEM file of its key; None where the certificate's file has it as well."""
+    """PEM file of the private key; None if the file of the certificate contains it."""
     auth: dict[str, str] = field(default_factory=dict, repr=False)
-    """{user: password} of those who may log in, and must; empty lets everybody do both."""
+    """{user: password} of the users who may log in. MAIL then requires a login. If it is
+    empty, every login succeeds and none is required."""
     fail: list[str] = field(default_factory=list)
-    """Rules of failures on purpose, as parse_rule takes them; the first that matches counts."""
+    """Failure rules in the syntax of parse_rule(); the first rule that matches applies."""
     strict: bool = False
-    """Whether a message that lint() warns of is refused."""
+    """Whether to reject messages that lint() warns about."""
     reuse_port: bool = False
-    """Whether several servers may listen at the same port, each getting a share."""
+    """Whether several servers may listen on the same port and share its clients."""
 
     def __post_init__(self) -> None:
-        port, size = self.port, self.max_size
-        shared = not self.reuse_port or hasattr(socket, "SO_REUSEPORT")
-        for fine, wanted in (
-            (
-                self.interface.strip(),
-                "interface: an address or a host name is needed, as 127.0.0.1",
-            ),
-            (0 <= port <= 65_535, f"port: must be from 0 (any free one) to 65535, not {port}"),
-            (size >= 0, f"max-size: must be a number of bytes, or 0 for no limit, not {size}"),
-            (self.tls in _TLS, f"tls: must be starttls or implicit, not {self.tls}"),
-            (self.tls or not self.cert, "cert: has no use without tls, starttls or implicit"),
-            (self.cert or not self.key, "key: has no use without cert"),
-            (not isinstance(self.fail, str), "fail: must be a list of rules, not one"),
-            (shared, "reuse-port: this system cannot share a port"),
-        ):
-            if not fine:
-                raise ValueError(wanted)
+        if not self.interface.strip():
+            raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
+        if not 0 <= self.port <= 65_535:
+            raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port}")
+        if self.max_size < 0:
+            raise ValueError(
+                f"max-size: must be a number of bytes, or 0 for no limit, not {self.max_size}"
+            )
+        if self.tls not in (None, "starttls", "implicit"):
+            raise ValueError(f"tls: must be starttls or implicit, not {self.tls}")
+        if self.cert and not self.tls:
+            raise ValueError("cert: requires tls")
+        if self.key and not self.cert:
+            raise ValueError("key: requires cert")
+        if isinstance(self.fail, str):
+            raise ValueError("fail: must be a list of rules, not a single rule")
+        if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+            raise ValueError("reuse-port: this system cannot share a port")
 
 
 # --- Replies --------------------------------------------------------------------------
@@ -160,10 +171,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server says (RFC 5321 section 4.2).
+    """A reply of the server (RFC 5321 section 4.2).
 
-    code is the three-digit reply code, status the enhanced status code of RFC 3463 as
-    "2.1.0", or "" where none belongs, and each line of text becomes a line of the reply.
+    code is the three-digit reply code. status is the enhanced status code, such as "2.1.0"
+    (RFC 3463), or "" for replies that have none. Each line of text is a line of the reply.
     """
 
     code: int
@@ -171,226 +182,241 @@ class Reply:
     text: str
 
     @cached_property
-    def octets(self) -> bytes:
-        """The reply as it is sent; most replies are constants, and said all day."""
+    def encoded(self) -> bytes:
+        """The reply as it is sent."""
         # RFC 2034 section 4: the status code stands on every line.
-        status = self.status and self.status + " "
+        status = f"{self.status} " if self.status else ""
         *lines, last = [status + line for line in self.text.split("\n")]
         rows = [f"{self.code}-{line}\r\n" for line in lines] + [f"{self.code} {last}\r\n"]
         return "".join(rows).encode("ascii", "replace")
 
-    @cached_property
-    def closes(self) -> bool:
+    @property
+    def closes_connection(self) -> bool:
         """Whether the server closes the connection after it (RFC 5321 section 3.8)."""
         return self.code in (221, 421)
 
 
 class SMTPError(Exception):
-    """A command or a message is refused; carries the Reply that says so, as `reply`.
+    """A command or a message is refused. The attribute `reply` is the Reply to send.
 
-    code is 400 to 599, status an enhanced status code of the same class (RFC 3463).
-    Raises ValueError when they do not fit.
+    code is from 400 to 599. status is an enhanced status code of the same class (RFC 3463).
+    Raises ValueError if one of them is invalid.
     """
 
     def __init__(self, code: int, status: str, text: str) -> None:
         if code // 100 not in (4, 5) or not re.fullmatch(
             rf"{code // 100}(\.\d{{1,3}}){{2}}", status
         ):
-            raise ValueError(f"not a code and a status of failure: {code} {status}")
+            raise ValueError(f"not an error code with its enhanced status code: {code} {status}")
         super().__init__(code, status, text)
         self.reply = Reply(code, status, " ".join(text.split()))
 
 
+def _host_name() -> str:
+    """Return the name of this machine for replies and file names, without a DNS lookup."""
+    return re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
+
+
+HOSTNAME = _host_name()
+
+GREETING = Reply(220, "", f"{HOSTNAME} ESMTP dsmtpd {__version__}")
 OK = Reply(250, "2.0.0", "OK")
 BYE = Reply(221, "2.0.0", "Bye")
 SENDER_OK = Reply(250, "2.1.0", "Sender OK")
 RECIPIENT_OK = Reply(250, "2.1.5", "Recipient OK")
-SEND_DATA = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
-ACCEPTED = Reply(250, "2.0.0", "Message accepted")
+START_CONTENT = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
+MESSAGE_ACCEPTED = Reply(250, "2.0.0", "Message accepted")
+DELIVERY_FAILED = Reply(451, "4.3.0", "Cannot accept the message, try again later")
+READY_FOR_TLS = Reply(220, "2.0.0", "Ready to start TLS")
+LOGIN_SUCCEEDED = Reply(235, "2.7.0", "Authentication successful")
+CANNOT_VERIFY = Reply(252, "2.5.0", "Cannot VRFY the address, but will accept messages for it")
+TOO_MANY_CONNECTIONS = Reply(421, "4.3.2", "Too many connections")
+SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down")
+TIMED_OUT = Reply(421, "4.4.2", "Idle timeout")
 
 
 # --- Grammar --------------------------------------------------------------------------
 #
-# Every expression takes one look at each character, whatever the text, so that no
-# client can make one slow.
+# Each regular expression takes time linear in the length of the text.
 
-# The classes say what is not in them: that compiles in a tenth of the time. None has the C0
-# and C1 controls, which terminals obey; all have UTF8-non-ascii (RFC 6531 section 3.3).
-_NOT_TEXT = r"\x00-\x1f\x7f-\x9f"
-# RFC 5322 section 3.2.3: atext, and RFC 5321 section 4.1.2: Dot-string
-_ATEXT = rf'[^{_NOT_TEXT} "(),.:;<>@\[\\\]]'
+# Control characters, C0 and C1: terminals obey them. Everything outside ASCII but C1 may be
+# UTF8-non-ascii (RFC 6531 section 3.3).
+_CONTROL = r"\x00-\x1f\x7f-\x9f"
+
+# The sets below list the characters that do not belong to them: such a set compiles faster.
+
+# atext = ALPHA / DIGIT / "!" / "#" / "$" / ... (RFC 5322 section 3.2.3)
+_ATEXT = rf'[^{_CONTROL} "(),.:;<>@\[\\\]]'
+# Dot-string = Atom *("." Atom)
 _DOT_STRING = rf"{_ATEXT}+(?:\.{_ATEXT}+)*"
 # Quoted-string = DQUOTE *(qtextSMTP / quoted-pairSMTP) DQUOTE
-_QUOTED_STRING = rf'"(?:[^{_NOT_TEXT}"\\]|\\[ -~])*"'
-# Domain = sub-domain *("." sub-domain); hyphens only inside a sub-domain
-_LET_DIG = rf"[^{_NOT_TEXT} -/:-@\[-`{{-~]"
+_QUOTED_STRING = rf'"(?:[^{_CONTROL}"\\]|\\[ -~])*"'
+# Let-dig = ALPHA / DIGIT
+_LET_DIG = rf"[^{_CONTROL} -/:-@\[-`{{-~]"
+# sub-domain = Let-dig [Ldh-str]
 _SUB_DOMAIN = rf"{_LET_DIG}+(?:-+{_LET_DIG}+)*"
+# Domain = sub-domain *("." sub-domain)
 _DOMAIN = rf"{_SUB_DOMAIN}(?:\.{_SUB_DOMAIN})*"
-# RFC 5321 section 4.1.3: IPv4-, IPv6- and General-address-literal
+# Snum = 1*3DIGIT, from 0 to 255
 _SNUM = r"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9]{1,2})"
-_LITERAL = (
+# address-literal = "[" ( IPv4 / IPv6 / General ) "]" (RFC 5321 section 4.1.3)
+_ADDRESS_LITERAL = (
     rf"\[(?:{_SNUM}(?:\.{_SNUM}){{3}}|(?i:IPv6):(?P<ipv6>[0-9A-Fa-f:.]+)"
     r"|(?!(?i:IPv6):)(?:[A-Za-z0-9]|-+[A-Za-z0-9])+:[!-Z^-~]+)\]"
 )
 # A-d-l = At-domain *( "," At-domain )
-_ROUTE = rf"@{_DOMAIN}(?:,@{_DOMAIN})*:"
-_MAILBOX = re.compile(
-    rf"(?:{_ROUTE})?(?P<mailbox>(?:{_DOT_STRING}|{_QUOTED_STRING})(?:@(?:{_DOMAIN}|{_LITERAL}))?)"
-)
-# The brackets of a path, which a quoted string may contain too; an unbalanced quote ends
-# up inside, for parse_mailbox to refuse. RFC 5321 section 3.3 forbids the blank after the
-# colon; everybody takes it.
-_PATH = r':[ ]*<(?P<path>[^">]*(?:"(?:[^"\\]|\\.)*"[^">]*)*|[^>]*)>(?: +(?P<parameters>.*))?'
-_FROM = re.compile("FROM" + _PATH, re.IGNORECASE | re.ASCII)
-_TO = re.compile("TO" + _PATH, re.IGNORECASE | re.ASCII)
-# What names a client in EHLO: anything visible, in one word. RFC 5321 section 4.1.1.1 wants
-# a domain or an address literal; what applications have is the name of their machine. What
-# the decoder makes of octets that are not UTF-8 is no name; parse_mailbox asks by itself.
-_HELO = re.compile(rf"[^{_NOT_TEXT}\ud800-\udfff ]+")
+_SOURCE_ROUTE = rf"@{_DOMAIN}(?:,@{_DOMAIN})*:"
+# Mailbox = Local-part "@" ( Domain / address-literal )
+_MAILBOX = rf"(?:{_DOT_STRING}|{_QUOTED_STRING})(?:@(?:{_DOMAIN}|{_ADDRESS_LITERAL}))?"
+_FORWARD_PATH = re.compile(rf"(?:{_SOURCE_ROUTE})?(?P<mailbox>{_MAILBOX})")
 
-# RFC 3461 section 4: xtext = *( xchar / hexchar )
+# The argument of MAIL or RCPT: a path in angle brackets and the parameters. A quoted string
+# in the path may contain brackets; an unbalanced quote is left for parse_mailbox() to reject.
+# RFC 5321 section 3.3 forbids a space after the colon, but every server accepts it.
+_PATH = r':[ ]*<(?P<path>[^">]*(?:"(?:[^"\\]|\\.)*"[^">]*)*|[^>]*)>(?: +(?P<parameters>.*))?'
+_MAIL_ARGUMENT = re.compile("FROM" + _PATH, re.IGNORECASE | re.ASCII)
+_RCPT_ARGUMENT = re.compile("TO" + _PATH, re.IGNORECASE | re.ASCII)
+
+# The argument of EHLO or HELO. RFC 5321 section 4.1.1.1 requires a domain or an address
+# literal, but applications send the name of their machine, which may be neither. Surrogates
+# stand for bytes that are not UTF-8.
+_HELO_ARGUMENT = re.compile(rf"[^{_CONTROL}\ud800-\udfff ]+")
+
+# bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2)
+_BDAT_ARGUMENT = re.compile("0*(?P<size>[0-9]{1,20})(?P<last>(?![0-9]).*)")
+
+# xtext = *( xchar / hexchar ) (RFC 3461 section 4)
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
 
-# Parameter keyword -> what may follow it.
+# {keyword: regular expression for what follows the keyword}
 MAIL_PARAMETERS = {
     "SIZE": "=[0-9]{1,20}",  # RFC 1870 section 6.1
     "BODY": "=(?:7BIT|8BITMIME|BINARYMIME)",  # RFC 6152, RFC 3030 section 3
     "SMTPUTF8": "",  # RFC 6531 section 3.4
-    "AUTH": f"={_XTEXT}",  # RFC 4954 section 5; "<>" is xtext as well
+    "AUTH": f"={_XTEXT}",  # RFC 4954 section 5; "<>" is valid xtext
     "RET": "=(?:FULL|HDRS)",  # RFC 3461 section 4.3
     "ENVID": f"={_XTEXT}",  # RFC 3461 section 4.4
 }
 RCPT_PARAMETERS = {
-    # RFC 3461 sections 4.1 and 4.2
+    # RFC 3461 section 4.1
     "NOTIFY": "=(?:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)",
-    "ORCPT": f"=[a-z0-9-]+;{_XTEXT}",
+    "ORCPT": f"=[a-z0-9-]+;{_XTEXT}",  # RFC 3461 section 4.2
 }
 
 
-# bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2)
-_BDAT = re.compile("0*(?P<size>[0-9]{1,20})(?P<last>(?![0-9]).*)")
-
-
 def extensions(config: Config, *, tls: bool, user: str | None) -> list[str]:
-    """The keyword lines of the EHLO reply (RFC 5321 section 4.1.1.1).
+    """Return the keyword lines of the EHLO reply (RFC 5321 section 4.1.1.1).
 
-    tls is whether the session is in TLS, and user who has logged in.
+    tls is whether the session uses TLS. user is the name of the login, or None.
     """
-    lines = [
-        f"SIZE {config.max_size}",
-        "8BITMIME",
-        "SMTPUTF8" if config.smtputf8 else "",
-        "PIPELINING",
-        "ENHANCEDSTATUSCODES",
-        "CHUNKING",
-        "BINARYMIME",
-        "DSN",
-        "HELP",
-        "STARTTLS" if config.tls == "starttls" and not tls else "",
-        "AUTH PLAIN LOGIN" if user is None else "",
-    ]
-    return [line for line in lines if line]
+    lines = [f"SIZE {config.max_size}", "8BITMIME"]
+    if config.smtputf8:
+        lines.append("SMTPUTF8")
+    lines += ["PIPELINING", "ENHANCEDSTATUSCODES", "CHUNKING", "BINARYMIME", "DSN", "HELP"]
+    if config.tls == "starttls" and not tls:
+        lines.append("STARTTLS")
+    if user is None:
+        lines.append("AUTH PLAIN LOGIN")
+    return lines
 
 
 def parse_parameters(text: str, known: dict[str, str]) -> dict[str, str]:
     """Mail-parameters / Rcpt-parameters = esmtp-param *(SP esmtp-param)
 
-    known is MAIL_PARAMETERS or RCPT_PARAMETERS. Returns {keyword in capitals: value}, the
-    value "" where there is none. Raises SMTPError 555 for a keyword that is not known
-    (RFC 5321 section 4.1.1.11), and 501 for a wrong value or a keyword that comes twice.
+    known is MAIL_PARAMETERS or RCPT_PARAMETERS. Returns {keyword in upper case: value}; the
+    value is "" for a keyword without one. Raises SMTPError 555 for an unknown keyword
+    (RFC 5321 section 4.1.1.11) and 501 for an invalid value or a duplicate keyword.
     """
-    found: dict[str, str] = {}
+    parameters: dict[str, str] = {}
     for parameter in filter(None, text.split(" ")):
         keyword, equals, value = parameter.partition("=")
+        # str.upper() converts some letters outside ASCII to ASCII letters.
+        if not keyword.isascii() or keyword.upper() not in known:
+            raise SMTPError(555, "5.5.4", "Unknown parameter")
         keyword = keyword.upper()
-        # str.upper turns some letters outside ASCII into letters inside it.
-        if keyword not in known or not parameter[: len(keyword)].isascii():
-            raise SMTPError(555, "5.5.4", "Parameter not recognized")
-        if keyword in found:
-            raise SMTPError(501, "5.5.4", f"{keyword} is given twice")
+        if keyword in parameters:
+            raise SMTPError(501, "5.5.4", f"Duplicate parameter {keyword}")
         if not re.fullmatch(known[keyword], equals + value, re.IGNORECASE | re.ASCII):
-            raise SMTPError(501, "5.5.4", f"{keyword} has a wrong value")
-        found[keyword] = value
-    return found
+            raise SMTPError(501, "5.5.4", f"Invalid value for parameter {keyword}")
+        parameters[keyword] = value
+    return parameters
 
 
 def parse_mailbox(text: str, status: str) -> str:
-    """[ A-d-l ":" ] Mailbox, or a Local-part alone, as in <Postmaster>
+    """[ A-d-l ":" ] Mailbox, or a Local-part alone, such as Postmaster
 
     Returns the address without the source route (RFC 5321 appendix C). Raises SMTPError
-    501 with the enhanced status given, or 5.5.2 where the text is not valid UTF-8.
+    501 with the given enhanced status code, or with 5.5.2 if the text is not valid UTF-8.
     """
-    # What the decoder made of octets that are not UTF-8
     if not text.isascii() and re.search("[\udc80-\udcff]", text):
         raise SMTPError(501, "5.5.2", "Address is not valid UTF-8")
-    match = _MAILBOX.fullmatch(text)
-    if match is None or not (match["ipv6"] is None or _is_ipv6(match["ipv6"])):
+    match = _FORWARD_PATH.fullmatch(text)
+    if match is None or (match["ipv6"] and not _is_ipv6_address(match["ipv6"])):
         raise SMTPError(501, status, "Bad address syntax")
     return match["mailbox"]
 
 
-def _is_ipv6(text: str) -> bool:
+def _is_ipv6_address(text: str) -> bool:
     try:
-        return bool(socket.inet_pton(socket.AF_INET6, text))
+        socket.inet_pton(socket.AF_INET6, text)
     except OSError:
         return False
+    return True
 
 
-def printable(text: str) -> str:
-    """The text with what is not printable escaped, so that a log line stays one line."""
-    return text if text.isprintable() else re.sub(r"[^ -~]+", _escape, text)
-
-
-def _escape(match: re.Match[str]) -> str:
-    if match[0].isprintable():
-        return match[0]
+def escape_unprintable(text: str) -> str:
+    """Return the text with control characters escaped, so that it is one line of a log."""
+    if text.isprintable():
+        return text
     return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in match[0]
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
 
 
-# --- Envelope, lint, and actions ------------------------------------------------------
+def format_address(sockname: Any) -> str:
+    """Return the name of a socket as ADDRESS:PORT, with brackets around an IPv6 address.
+
+    sockname is None or empty for a client that has disconnected already.
+    """
+    if not sockname:
+        return "unknown:0"
+    host, port = sockname[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _host_name() -> str:
-    """The name of this machine, as a name of files and in replies; nothing is looked up."""
-    return re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
-
-
-HOSTNAME = _host_name()
-GREETING = Reply(220, "", f"{HOSTNAME} ESMTP dsmtpd {__version__}")
+# --- Messages -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """One message, with what the session knew about it."""
+    """A message with the data of its SMTP session."""
 
     peer: str
-    """The client, as "127.0.0.1:54321"; an IPv6 address stands in brackets."""
+    """Address and port of the client, such as "127.0.0.1:54321" or "[::1]:54321"."""
     helo: str
-    """What the client called itself in EHLO or HELO."""
+    """The argument of EHLO or HELO."""
     protocol: str
     """SMTP, ESMTP, UTF8SMTP and so on (RFC 3848, RFC 6531 section 4.3)."""
     tls: bool
-    """Whether the message came over TLS."""
+    """Whether the message was sent over TLS."""
     user: str | None
-    """The name of a login, or None."""
+    """The user name of the login, or None."""
     mail_from: str
-    """The reverse-path without its brackets; "" is the null reverse-path."""
+    """The reverse-path without angle brackets; "" is the null reverse-path."""
     mail_options: dict[str, str]
-    """The parameters of MAIL: {keyword in capitals: value, or ""}."""
+    """The parameters of MAIL: {keyword in upper case: value, or ""}."""
     rcpt_tos: list[str]
-    """The forward-paths without their brackets, in the order given."""
+    """The forward-paths without angle brackets, in the order of the RCPT commands."""
     rcpt_options: list[dict[str, str]]
-    """The parameters of RCPT, one dictionary for each of rcpt_tos."""
+    """The parameters of RCPT: one dictionary for each of rcpt_tos."""
     content: bytes
     """The content as sent: line ends are CRLF, and dot-stuffing is undone."""
     received: datetime
-    """When the end of the content arrived, with its time zone."""
+    """When the end of the content arrived, with a time zone."""
     warnings: list[str] = field(default_factory=list)
-    """What a real server would mind about the message."""
+    """What real servers would object to, each as "name: description (RFC section)"."""
     path: Path | None = None
-    """The file in the Maildir, once the message is stored."""
+    """The file in the Maildir, if the message is stored."""
 
     @cached_property
     def has_bare_cr(self) -> bool:
@@ -399,68 +425,83 @@ class Envelope:
 
     @cached_property
     def email(self) -> email.message.EmailMessage:
-        """The content, parsed; a field that makes no sense is the text that was sent."""
+        """The parsed content. Header fields that do not parse are their text as sent."""
         import email.parser
 
         parser = email.parser.BytesParser(policy=_lenient_policy())
         try:
             message = parser.parsebytes(self.content)
-        except RecursionError:  # parts in parts in parts: the body is a text, then
+        except RecursionError:  # parts nested too deeply: do not parse the body
             message = parser.parsebytes(self.content, headersonly=True)
         assert isinstance(message, email.message.EmailMessage)
         return message
 
     @cached_property
     def subject(self) -> str:
-        """The decoded Subject, in one line; "" where there is none."""
-        match = re.match(_SUBJECT, self.content[:_SUBJECT_WITHIN])
-        raw = match["body"].decode("utf-8", "replace") if match else ""
-        text = re.sub(_ENCODED_WORDS, _decode_words, " ".join(raw.split()))
+        """The decoded Subject field as one line; "" if there is none."""
+        match = re.match(_SUBJECT_FIELD, self.content[:MAX_SUBJECT_OFFSET])
+        body = match["body"].decode("utf-8", "replace") if match else ""
+        text = re.sub(_ENCODED_WORDS, _decode_words, " ".join(body.split()))
         return " ".join(text.encode("utf-8", "replace").decode().split())
+
+    def summary(self) -> str:
+        """Return sender, recipients and subject as one line for the log."""
+        rcpt_tos = ", ".join(self.rcpt_tos)
+        return escape_unprintable(f"{self.mail_from} -> {rcpt_tos} [{self.subject}]")
+
+
+_BARE_CR = re.compile(rb"\r(?!\n)")
+
+# The first Subject field of the header section, with its folded lines.
+_SUBJECT_FIELD = (
+    rb"(?i)(?:(?!\r?\n|subject[ \t]*:)[^\n]+\n)*subject[ \t]*:(?P<body>[^\n]*(?:\n[ \t]+[^\n]*)*)"
+)
+
+# encoded-word = "=?" charset "?" encoding "?" encoded-text "?=" (RFC 2047 section 2)
+_ENCODED_WORD = r"=\?[!->@-~]+\?[bq]\?[!->@-~]*\?="
+# White space between adjacent encoded-words is not part of the text (RFC 2047 section 6.2).
+_ENCODED_WORDS = f"(?i){_ENCODED_WORD}(?: {_ENCODED_WORD})*"
+
+
+def _decode_words(match: re.Match[str]) -> str:
+    if len(match[0]) > MAX_ENCODED_WORDS:
+        return match[0]
+    try:
+        return str(email.header.make_header(email.header.decode_header(match[0])))
+    except Exception:  # the decoders raise many kinds of errors
+        return match[0]
 
 
 @lru_cache
 def _lenient_policy() -> email.policy.EmailPolicy:
-    import email.policy  # takes as long as half of what the server needs to start
+    import email.policy  # takes half as long to import as everything else together
 
     class LenientPolicy(email.policy.EmailPolicy):
-        """The default, but for fields that make its parser raise errors of many kinds."""
+        """The default policy, but header fields that do not parse are plain text."""
 
         def header_fetch_parse(self, name: str, value: str) -> Any:
             try:
                 return super().header_fetch_parse(name, value)
-            except Exception:
+            except Exception:  # the parser raises many kinds of errors
                 return " ".join(value.encode("utf-8", "replace").decode().split())
 
     return LenientPolicy()
 
 
-# The first Subject of the header section, with its folded lines. Only the top of the
-# content is searched, so that one without an empty line is not read through. These two are
-# compiled when somebody asks for a subject.
-_SUBJECT = (
-    rb"(?i)(?:(?!\r?\n|subject[ \t]*:)[^\n]+\n)*subject[ \t]*:(?P<body>[^\n]*(?:\n[ \t]+[^\n]*)*)"
-)
-_SUBJECT_WITHIN = 65_536
-# RFC 2047 section 2; blanks between two encoded-words do not count.
-_ENCODED_WORD = r"=\?[!->@-~]+\?[bq]\?[!->@-~]*\?="
-_ENCODED_WORDS = f"(?i){_ENCODED_WORD}(?: {_ENCODED_WORD})*"
+def split_content(content: bytes) -> tuple[bytes, bytes]:
+    """Return the header section, and the rest: the empty line and the body."""
+    if content.startswith((b"\n", b"\r\n")):
+        return b"", content
+    match = _EMPTY_LINE.search(content)
+    end = match.start() if match else len(content)
+    return content[:end], content[end:]
 
 
-def _decode_words(match: re.Match[str]) -> str:
-    # Anything can stand in an encoded-word: its decoders raise errors of many kinds, and take
-    # long for a long one; RFC 2047 section 2 allows 75 characters for each.
-    with contextlib.suppress(Exception):
-        if len(match[0]) <= MAX_ENCODED:
-            return str(email.header.make_header(email.header.decode_header(match[0])))
-    return match[0]
-
-
-_BARE_CR = re.compile(rb"\r(?!\n)")
 _EMPTY_LINE = re.compile(rb"\n\r?\n")
-_FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:.*", re.MULTILINE)
-# Octets of the header section that are looked at for its fields.
-_FIELDS_WITHIN = 1_048_576
+
+
+# --- Lint -----------------------------------------------------------------------------
+
 # RFC 5322 section 3.6
 _REQUIRED_FIELDS = {
     b"date": "missing-date: no Date field (RFC 5322 section 3.6.1)",
@@ -468,31 +509,27 @@ _REQUIRED_FIELDS = {
     b"message-id": "missing-message-id: no Message-ID field (RFC 5322 section 3.6.4)",
 }
 _UNIQUE_FIELDS = (
-    *("Date", "From", "Sender", "Reply-To", "To", "Cc", "Bcc"),
-    *("Message-ID", "In-Reply-To", "References", "Subject"),
+    "Date From Sender Reply-To To Cc Bcc Message-ID In-Reply-To References Subject".split()
 )
+# Matches a whole field line: findall() then continues after it, not inside it.
+_FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:.*", re.MULTILINE)
 
-
-def _split(content: bytes) -> tuple[bytes, bytes]:
-    """The header section, and what follows it from its empty line on."""
-    if content.startswith((b"\n", b"\r\n")):
-        return b"", content
-    match = _EMPTY_LINE.search(content)
-    at = match.start() if match else len(content)
-    return content[:at], content[at:]
+# RFC 5322 section 2.1.1, without the line end
+_MAX_LINE_LENGTH = 998
 
 
 def lint(envelope: Envelope) -> list[str]:
-    """What real servers mind about a message, each as "name: what it is (RFC section)".
+    """Return what real servers object to, each as "name: description (RFC section)".
 
-    It looks at the whole, not at each line, so that a large message takes no longer than a
-    few copies of it.
+    The content is searched as a whole, without splitting it into lines.
     """
     content, mail_options = envelope.content, envelope.mail_options
     body_type = mail_options.get("BODY", "7BIT").upper()
-    warnings = [] if body_type == "BINARYMIME" else _lint_lines(envelope)
+    warnings = []
+    if body_type != "BINARYMIME":
+        warnings += _lint_lines(envelope)
     if not content.isascii():
-        header, body = _split(content)
+        header, body = split_content(content)
         if body_type == "7BIT" and not body.isascii():
             warnings.append("undeclared-8bit: the body needs BODY=8BITMIME (RFC 6152 section 3)")
         if "SMTPUTF8" not in mail_options and not header.isascii():
@@ -502,9 +539,9 @@ def lint(envelope: Envelope) -> list[str]:
 
 def _lint_lines(envelope: Envelope) -> list[str]:
     warnings, content = [], envelope.content
-    # Where no CR is bare, each begins a CRLF; single octets are counted in a third of the time.
-    crlf = b"\r\n" if envelope.has_bare_cr else b"\r"
-    if content.count(b"\n") > content.count(crlf):
+    # Counting one byte is faster than counting two; without a bare CR, each CR is a CRLF.
+    line_end = b"\r\n" if envelope.has_bare_cr else b"\r"
+    if content.count(b"\n") > content.count(line_end):
         warnings.append("bare-lf: LF without CR in the content (RFC 5321 section 2.3.8)")
     if envelope.has_bare_cr:
         warnings.append("bare-cr: CR without LF in the content (RFC 5321 section 2.3.8)")
@@ -513,130 +550,96 @@ def _lint_lines(envelope: Envelope) -> list[str]:
     return warnings
 
 
-def _lint_fields(content: bytes) -> list[str]:
-    header, _ = _split(content[:_FIELDS_WITHIN])
-    names = _FIELD_NAME.findall(header.lower())
-    once = set(names)
-    warnings = [text for name, text in _REQUIRED_FIELDS.items() if name not in once]
-    if len(names) > len(once):
-        warnings += [
-            f"duplicate-field: more than one {name} field (RFC 5322 section 3.6)"
-            for name in _UNIQUE_FIELDS
-            if names.count(name.lower().encode()) > 1
-        ]
-    if b"bcc" in once:
-        warnings.append("bcc-header: a Bcc field tells everybody (RFC 5322 section 3.6.3)")
-    return warnings
-
-
 def _has_long_line(content: bytes) -> bool:
-    """Looks for a line end in steps of the longest line with its CRLF, not for each line."""
+    """Search for a line end in windows of the maximum length, which skips the lines between."""
     start = 0
-    while start + 998 < len(content):
-        end = content.rfind(b"\n", start, start + 1000)
+    while start + _MAX_LINE_LENGTH < len(content):
+        end = content.rfind(b"\n", start, start + _MAX_LINE_LENGTH + len("\r\n"))
         if end < 0:
             return True
         start = end + 1
     return False
 
 
-def _summary(envelope: Envelope) -> str:
-    """The message in a line of the log."""
-    rcpt_tos = ", ".join(envelope.rcpt_tos)
-    return printable(f"{envelope.mail_from} -> {rcpt_tos} [{envelope.subject}]")
+def _lint_fields(content: bytes) -> list[str]:
+    header, _ = split_content(content[:MAX_HEADER_SIZE])
+    names = _FIELD_NAME.findall(header.lower())
+    distinct = set(names)
+    warnings = [text for name, text in _REQUIRED_FIELDS.items() if name not in distinct]
+    if len(names) > len(distinct):
+        warnings += [
+            f"duplicate-field: more than one {name} field (RFC 5322 section 3.6)"
+            for name in _UNIQUE_FIELDS
+            if names.count(name.lower().encode()) > 1
+        ]
+    if b"bcc" in distinct:
+        warnings.append(
+            "bcc-header: a Bcc field is visible to all recipients (RFC 5322 section 3.6.3)"
+        )
+    return warnings
+
+
+# --- Actions --------------------------------------------------------------------------
+#
+# What a session asks its connection to do, apart from sending a Reply.
 
 
 @dataclass
-class Transaction:
-    """What MAIL began, and what RSET forgets (RFC 5321 section 3.3)."""
-
-    mail_from: str
-    mail_options: dict[str, str]
-    rcpt_tos: list[str] = field(default_factory=list)
-    rcpt_options: list[dict[str, str]] = field(default_factory=list)
-    octets: int = 0
-    """Of the addresses and their parameters."""
-    content: bytearray = field(default_factory=bytearray)
-    chunks: int = 0
-    """How often BDAT has added to the content."""
-    refusal: SMTPError | None = None
-    """Why the content is read but not kept."""
-
-
-# Actions are NamedTuples, since a frozen dataclass takes six times as long to make, which
-# each start would pay for. Ask for their class: those without fields are false, and equal.
-
-
-class Deliver(NamedTuple):
-    """Action: store the envelope, then send the reply to the end of the content."""
+class Deliver:
+    """Action: deliver the envelope, then set `reply` to the reply to the end of its content."""
 
     envelope: Envelope
+    reply: Reply = DELIVERY_FAILED
 
 
-class StartTLS(NamedTuple):
-    """Action: begin TLS, and throw away what has arrived in plain text (RFC 3207)."""
+@dataclass(frozen=True)
+class StartTLS:
+    """Action: start TLS, and discard what arrived in plain text (RFC 3207 section 4.2)."""
 
 
-class Delay(NamedTuple):
-    """Action: wait so many seconds before the next action; other sessions go on."""
+@dataclass(frozen=True)
+class Delay:
+    """Action: wait before the next action of this session."""
 
     seconds: float
 
 
-class Close(NamedTuple):
-    """Action: close the connection without a word."""
+@dataclass(frozen=True)
+class Close:
+    """Action: close the connection without a reply."""
 
 
 Action = Reply | Deliver | StartTLS | Delay | Close
-Reader = Callable[[], Action | None]
-# A SASL mechanism: yields prompts, is sent the answers, returns the user and the password.
-Dialogue = Generator[str, bytes, tuple[bytes, bytes]]
 
 
-def _plain() -> Dialogue:
-    """RFC 4616: message = [authzid] NUL authcid NUL passwd"""
-    answer = yield ""
-    _, user, password = answer.split(b"\0")
-    return user, password
+# --- Failure rules --------------------------------------------------------------------
 
-
-def _login() -> Dialogue:
-    """The prompts are those of Microsoft's LOGIN, which no RFC describes."""
-    user = yield "Username:"
-    password = yield "Password:"
-    return user, password
-
-
-MECHANISMS = {"PLAIN": _plain, "LOGIN": _login}
-
-
-# --- Failures on purpose --------------------------------------------------------------
-
-# The moments that rules are for: the greeting, the commands, and the end of the content.
-STAGES = (
-    *("CONNECT", "EHLO", "HELO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "BDAT", "."),
-    *("RSET", "NOOP", "QUIT", "VRFY", "HELP"),
+# What a rule can apply to: the greeting, the commands, and "." for the end of the content.
+RULE_VERBS = (
+    "CONNECT EHLO HELO STARTTLS AUTH MAIL RCPT DATA BDAT . RSET NOOP QUIT VRFY HELP".split()
 )
 
 
 @dataclass
 class Rule:
-    """A failure on purpose, as parse_rule makes it."""
+    """A scripted failure; parse_rule() creates it."""
 
     text: str
+    """The rule as it was written."""
     verb: str
-    """Its moment, in capitals: one of STAGES."""
+    """One of RULE_VERBS."""
     pattern: str
-    """For fnmatch, in small letters."""
-    left: float
-    """How often it still applies."""
+    """A pattern of fnmatch in lower case."""
+    remaining: float
+    """How many more times the rule applies."""
     action: Reply | Delay | Close | None
-    """What is done instead of what would be; after a Delay the next rules count as well."""
+    """What to do; None lets the command proceed. The next rules apply only after a Delay."""
 
 
-_VERB = rf"\s*({'|'.join(map(re.escape, STAGES))})(?=\s|$)"
-_TIMES = r"(?:\s+x([1-9][0-9]{0,8})(?=\s|$))?"
-_ACTION = (
+_RULE_VERB = rf"\s*({'|'.join(map(re.escape, RULE_VERBS))})(?=\s|$)"
+_RULE_PATTERN = r"\s+(\S+)"
+_RULE_COUNT = r"(?:\s+x([1-9][0-9]{0,8})(?=\s|$))?"
+_RULE_ACTION = (
     r"\s+(?:(?P<word>drop|ok)|delay\s+(?P<delay>[0-9]{1,6}(?:\.[0-9]{1,6})?)"
     r"|(?P<code>(?P<class>[45])[0-9]{2})(?:\s+(?P<status>(?P=class)(?:\.[0-9]{1,3}){2}))?"
     r"(?:\s+(?![0-9]\.[0-9])(?P<text>\S.*))?)\s*$"
@@ -646,322 +649,437 @@ _ACTION = (
 def parse_rule(text: str) -> Rule:
     """VERB GLOB [ "x" N ] ( CODE [ x.y.z ] [ text ] / "delay" SECONDS / "drop" / "ok" )
 
-    Raises ValueError with the place that does not parse between >>> and <<<.
+    Raises ValueError; its text marks the place that does not parse with >>> and <<<.
     """
-    at = 0
+    position = 0
 
-    def take(pattern: str, wanted: str) -> re.Match[str]:
-        nonlocal at
-        match = re.compile(pattern, re.IGNORECASE | re.ASCII).match(text, at)
+    def match_next(pattern: str, expected: str) -> re.Match[str]:
+        nonlocal position
+        match = re.compile(pattern, re.IGNORECASE | re.ASCII).match(text, position)
         if match is None:
-            rest = text[at:].strip() or "nothing"
-            raise ValueError(f"rule {text[:at]} >>>{rest}<<< {wanted} is needed there")
-        at = match.end()
+            rest = text[position:].strip() or "nothing"
+            raise ValueError(f"rule {text[:position]} >>>{rest}<<< expected {expected}")
+        position = match.end()
         return match
 
-    verb = take(_VERB, "CONNECT, a command, or . for the end of the content,")[1]
-    pattern = take(r"\s+(\S+)", "a pattern such as * or *@example.com")[1]
-    times = take(_TIMES, "")[1]
-    action = take(_ACTION, "a code from 400 to 599, delay SECONDS, drop, or ok")
-    left = int(times) if times else float("inf")
-    return Rule(text, verb.upper(), pattern.lower(), left, _action(action))
+    verb = match_next(_RULE_VERB, "CONNECT, a command, or . for the end of the content")[1]
+    pattern = match_next(_RULE_PATTERN, "a pattern such as * or *@example.com")[1]
+    count = match_next(_RULE_COUNT, "a count such as x1")[1]
+    action = match_next(_RULE_ACTION, "a code from 400 to 599, delay SECONDS, drop, or ok")
+    remaining = int(count) if count else float("inf")
+    return Rule(text, verb.upper(), pattern.lower(), remaining, _rule_action(action))
 
 
-def _action(match: re.Match[str]) -> Reply | Delay | Close | None:
+def _rule_action(match: re.Match[str]) -> Reply | Delay | Close | None:
     if match["delay"]:
         return Delay(float(match["delay"]))
     if match["word"]:
         return Close() if match["word"].lower() == "drop" else None
-    status = match["status"] or match["class"] + ".0.0"
-    return SMTPError(int(match["code"]), status, match["text"] or "On purpose").reply
+    status = match["status"] or f"{match['class']}.0.0"
+    return SMTPError(int(match["code"]), status, match["text"] or "Scripted failure").reply
 
 
-class Shared:
-    """What the sessions of a server have in common: room for content, and its rules.
+class Rules:
+    """The failure rules of a server. Raises ValueError for a rule that does not parse."""
 
-    limit is how many octets of content they may hold together. Raises ValueError for a
-    rule that does not parse.
-    """
+    def __init__(self, texts: list[str]) -> None:
+        self._by_verb: dict[str, list[Rule]] = {}
+        for rule in map(parse_rule, texts):
+            self._by_verb.setdefault(rule.verb, []).append(rule)
 
-    def __init__(self, config: Config, limit: float = float("inf")) -> None:
-        self.limit = limit
-        self.held = 0
-        self.rules = [parse_rule(text) for text in config.fail]
-        self.refused = 0
-        """How many messages config.strict has refused."""
+    def matching_actions(
+        self, verb: str, subject: Callable[[], str], peer: str
+    ) -> list[Reply | Delay | Close]:
+        """Return the actions of the rules that match: delays, then one Reply or Close at most.
 
-    def consult(self, verb: str, text: str, peer: str) -> list[Action]:
-        """What the rules want at this moment: delays, and then one reply or Close at most."""
-        actions: list[Action] = []
-        for rule in self.rules:
-            if rule.verb == verb and rule.left and fnmatchcase(text.lower(), rule.pattern):
-                rule.left -= 1
-                log.info("%s: rule %s", peer, rule.text)
-                if rule.action is not None:
-                    actions.append(rule.action)
-                if not isinstance(rule.action, Delay):
-                    break
+        subject() returns the text to match with the pattern. peer is for the log.
+        """
+        actions: list[Reply | Delay | Close] = []
+        for rule in self._by_verb.get(verb, []):
+            if not rule.remaining or not fnmatchcase(subject().lower(), rule.pattern):
+                continue
+            rule.remaining -= 1
+            log.info("%s: rule %s", peer, rule.text)
+            if rule.action is not None:
+                actions.append(rule.action)
+            if not isinstance(rule.action, Delay):
+                break
         return actions
 
 
 # --- Session --------------------------------------------------------------------------
 
 
-class Session:
-    """One SMTP session, without I/O: octets in, actions out.
+@dataclass
+class Transaction:
+    """A mail transaction (RFC 5321 section 3.3): MAIL begins it, and RSET discards it."""
 
-    peer is the client's address, for the envelopes; shared is what it has in common with
-    other sessions.
+    mail_from: str
+    mail_options: dict[str, str]
+    rcpt_tos: list[str] = field(default_factory=list)
+    rcpt_options: list[dict[str, str]] = field(default_factory=list)
+    envelope_size: int = 0
+    """Octets of the arguments of RCPT."""
+    content: bytearray = field(default_factory=bytearray)
+    chunks: int = 0
+    """How many BDAT commands were accepted."""
+    error: SMTPError | None = None
+    """Why the content is discarded. The client gets it at the end of the content."""
+
+    @property
+    def body_type(self) -> str:
+        """The BODY parameter (RFC 6152, RFC 3030): 7BIT, 8BITMIME or BINARYMIME."""
+        return self.mail_options.get("BODY", "7BIT").upper()
+
+
+class SharedState:
+    """What the sessions of a server share: the failure rules, and memory for content.
+
+    content_limit is the number of octets that they may hold together. Raises ValueError for
+    a rule that does not parse.
     """
 
-    def __init__(self, config: Config, peer: str = "", shared: Shared | None = None) -> None:
+    def __init__(self, config: Config, content_limit: float = float("inf")) -> None:
+        self.rules = Rules(config.fail)
+        self.content_limit = content_limit
+        self.reserved = 0
+        """Octets of content that all sessions hold."""
+        self.rejected_messages = 0
+        """How many messages were rejected because of config.strict."""
+
+
+# The state of a session: the method that consumes the next input. It takes one unit off the
+# buffer and returns its action, raises SMTPError, or returns None if the unit is incomplete.
+State = Callable[[], Action | None]
+
+# A SASL mechanism (RFC 4422): yields challenges, receives the decoded responses, and returns
+# user name and password. Raises ValueError for a malformed response.
+SASLExchange = Generator[str, bytes, tuple[bytes, bytes]]
+
+
+def _sasl_plain() -> SASLExchange:
+    """RFC 4616 section 2: message = [authzid] NUL authcid NUL passwd"""
+    response = yield ""
+    _, user, password = response.split(b"\0")
+    return user, password
+
+
+def _sasl_login() -> SASLExchange:
+    """The LOGIN mechanism, which no RFC specifies; the challenges are those of Postfix."""
+    user = yield "Username:"
+    password = yield "Password:"
+    return user, password
+
+
+SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login}
+
+
+class Session:
+    """The server side of an SMTP session, without I/O: bytes in, actions out.
+
+    peer is the address of the client, for envelopes and the log. shared is what the session
+    shares with others; None makes it independent.
+    """
+
+    def __init__(self, config: Config, peer: str = "", shared: SharedState | None = None) -> None:
         self.config = config
         self.peer = peer
         self.tls = config.tls == "implicit"
         self.helo: str | None = None
-        self.extended = False
+        self.extended = False  # whether the client sent EHLO
         self.user: str | None = None
         self.transaction: Transaction | None = None
-        self._shared = Shared(config) if shared is None else shared
-        # What the client does that lint() cannot see in the content.
-        self._habits: dict[str, None] = {}
-        self._held = 0
+        self._shared = SharedState(config) if shared is None else shared
+        self._reserved = 0
         self._buffer = bytearray()
-        self._searched = 0
-        self._line_end = b"\r\n"
-        self._left = 0  # octets of the chunk that BDAT announced
-        self._guarded = False  # whether the log has shown AUTH
+        self._searched = 0  # octets of the buffer that have no line end
+        self._line_end = b"\r\n"  # of the last command
+        self._chunk_remaining = 0  # octets of the current BDAT chunk that have not arrived
+        self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
+        self._protocol_warnings: list[str] = []
         self._errors = 0
         self._now = 0.0
-        # Who takes the next octets off the buffer. A reader takes one unit and returns its
-        # action, raises SMTPError, or returns None when the unit is not complete.
-        self._read: Reader = self._greet
+        self._state: State = self._greet
 
     def receive(self, data: bytes, now: float) -> Iterator[Action]:
-        """Take the octets that arrived, and do what they ask for.
+        """Process bytes from the client and yield the actions they cause.
 
-        The actions are worked out one by one, as they are asked for: whoever drives the
-        session carries each one out before it takes the next. No octets at all, at the
-        start, get the greeting. now is what time.time() says, for the envelopes.
+        The caller performs each action before it asks for the next one. The first call, with
+        no data, yields the greeting. now is the time for the envelopes, as from time.time().
         """
         self._buffer += data
         self._now = now
-        while True:
-            if self.transaction is None and self._held:
-                self._hold(0)
-            try:
-                action = self._read()
-                if action is None:
-                    return
-                self._errors = 0
-            except SMTPError as error:
-                action = self._refuse(error)
-            if isinstance(action, Reply) and action.closes:
-                self._read = self._ignore
+        while (action := self._next_action()) is not None:
             yield action
 
+    def disconnect(self, reply: Reply) -> Reply:
+        """End the session, and return the reply to send before the connection is closed."""
+        self._state = self._discard
+        self._log_reply(reply)
+        return reply
+
     def close(self) -> None:
-        """Forget the transaction; the client is gone."""
+        """Discard the transaction, because the connection is closed."""
         self.transaction = None
-        self._hold(0)
+        self._reserve(0)
 
-    def _refuse(self, error: SMTPError) -> Reply:
-        """RFC 5321 section 4.3.2 lets a server end a session that makes no sense."""
-        self._errors += error.reply.code >= 500
+    def _next_action(self) -> Action | None:
+        if self.transaction is None:
+            self._reserve(0)
+        try:
+            action = self._state()
+        except SMTPError as error:
+            action = self._count_error(error.reply)
+        else:
+            if action is not None:
+                self._errors = 0
+        if isinstance(action, Reply):
+            self._log_reply(action)
+            if action.closes_connection:
+                self._state = self._discard
+        return action
+
+    def _count_error(self, reply: Reply) -> Reply:
+        """Return the reply to an error, or 421 after too many (RFC 5321 section 4.3.2)."""
+        if reply.code >= 500:
+            self._errors += 1
         if self._errors > MAX_ERRORS:
-            error = SMTPError(421, "4.7.0", "Too many errors")
-        return error.reply
+            return Reply(421, "4.7.0", "Too many errors")
+        return reply
 
-    def _hold(self, octets: int) -> None:
-        """Tell the others how much content this session holds."""
-        self._shared.held += octets - self._held
-        self._held = octets
+    def _reserve(self, octets: int) -> None:
+        """Set how much content this session holds in memory."""
+        self._shared.reserved += octets - self._reserved
+        self._reserved = octets
 
-    # Readers
+    # Log
+
+    def _log_reply(self, reply: Reply) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            for line in reply.encoded.decode().splitlines():
+                log.debug("%s S: %s", self.peer, line)
+
+    def _log_command(self, line: str) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s C: %s", self.peer, self._masked(line))
+
+    def _masked(self, line: str) -> str:
+        """Return the line without secrets, such as the arguments of AUTH."""
+        words = line.upper().split()
+        if words and "AUTH" in words[0]:
+            self._auth_seen = True
+            mechanism = [word for word in words[1:2] if word in SASL_MECHANISMS]
+            secret = ["***"] if len(words) > 1 + len(mechanism) else []
+            return " ".join(["AUTH", *mechanism, *secret])
+        # A client may send a response after the exchange has failed.
+        if self._auth_seen and words and words[0] not in _COMMANDS:
+            return "***"
+        return escape_unprintable(line)
+
+    # Failure rules
+
+    def _apply_rules(self, verb: str, subject: Callable[[], str], proceed: State) -> Action | None:
+        """Return the first action of the matching rules; without one, that of proceed().
+
+        A rule that replies or closes the connection replaces proceed().
+        """
+        actions = self._shared.rules.matching_actions(verb, subject, self.peer)
+        return self._run_actions(actions, self._state, proceed) if actions else proceed()
+
+    def _run_actions(
+        self, actions: list[Reply | Delay | Close], resume: State, proceed: State
+    ) -> Action | None:
+        """State: return the actions one by one, then proceed in the state `resume`."""
+        self._state = resume
+        if not actions:
+            return proceed()
+        first, *rest = actions
+        if rest or isinstance(first, Delay):
+            self._state = partial(self._run_actions, rest, resume, proceed)
+        return first
+
+    # The greeting
 
     def _greet(self) -> Action | None:
-        self._read = self._turn_away
-        return self._stage("CONNECT", self._address, self._welcome)
+        self._state = self._reject_command  # after a rule that refuses the client
+        address = self.peer.rpartition(":")[0].strip("[]")
+        return self._apply_rules("CONNECT", lambda: address, self._greeting)
 
-    def _address(self) -> str:
-        return self.peer.rpartition(":")[0].strip("[]")
-
-    def _welcome(self) -> Reply:
-        self._read = self._read_command
+    def _greeting(self) -> Reply:
+        self._state = self._read_command
         return GREETING
 
-    def _turn_away(self) -> Reply | None:
-        """RFC 5321 section 3.1: after a greeting that refuses, the client may only QUIT."""
-        line = self._take_line(self._turn_away)
+    def _reject_command(self) -> Reply | None:
+        """State: RFC 5321 section 3.1 allows only QUIT after a greeting that refuses."""
+        line = self._read_line(self._reject_command)
         if line is None:
             return None
         if line.strip().upper() != b"QUIT":
-            raise SMTPError(503, "5.5.1", "Nothing but QUIT is served")
+            raise SMTPError(503, "5.5.1", "Only QUIT is allowed after a refused greeting")
         return BYE
 
-    def _stage(self, verb: str, text: Callable[[], str], proceed: Reader) -> Action | None:
-        """Proceed, unless the rules for this moment have something else in mind."""
-        if not self._shared.rules:
-            return proceed()
-        actions = self._shared.consult(verb, text(), self.peer)
-        return self._act(actions, self._read, proceed)
-
-    def _act(self, actions: list[Action], resume: Reader, proceed: Reader) -> Action | None:
-        self._read = resume
-        if not actions:
-            return proceed()
-        if isinstance(actions[0], Delay):
-            self._read = partial(self._act, actions[1:], resume, proceed)
-        return actions[0]
-
-    def _ignore(self) -> None:
+    def _discard(self) -> None:
+        """State: the connection is about to be closed."""
         self._buffer.clear()
 
+    # Command lines
+
     def _read_command(self) -> Action | None:
-        line = self._take_line(self._read_command)
+        line = self._read_line(self._read_command)
         if line is None:
             return None
-        self._line_end = b"\r\n"
-        if not line.endswith(b"\r\n"):
+        if line.endswith(b"\r\n"):
+            self._line_end = b"\r\n"
+        else:
             self._line_end = b"\n"
-            self._habits["bare-lf: LF without CR after a command (RFC 5321 section 2.3.8)"] = None
+            self._warn("bare-lf: LF without CR after a command (RFC 5321 section 2.3.8)")
         text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" ")
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s C: %s", self.peer, self._masked(text))
-        name, _, argument = text.partition(" ")
-        verb = name.upper() if name.isascii() else ""
+        self._log_command(text)
+        verb, _, argument = text.partition(" ")
+        # str.upper() converts some letters outside ASCII to ASCII letters.
+        return self._execute(verb.upper() if verb.isascii() else "", argument.lstrip(" "))
+
+    def _execute(self, verb: str, argument: str) -> Action | None:
         if verb in _COMMANDS:
-            argument = argument.lstrip(" ")
-            # BDAT asks the rules itself, when it knows what to skip. And where there are none,
-            # not to ask saves a fiftieth of the time of a short message.
-            if not self._shared.rules or verb == "BDAT":
-                return _COMMANDS[verb](self, argument)
             command = partial(_COMMANDS[verb], self, argument)
-            return self._stage(verb, lambda: _about(argument), command)
-        if verb in _NOT_SERVED:
+            if verb == "BDAT":  # applies the rules itself, when it knows the chunk size
+                return command()
+            return self._apply_rules(verb, lambda: _rule_subject(argument), command)
+        if verb in _UNIMPLEMENTED_VERBS:
             raise SMTPError(502, "5.5.1", "Command not implemented")
-        if verb in _HTTP:
+        if verb in _HTTP_VERBS:
             log.warning("%s: speaks HTTP, not SMTP", self.peer)
-            raise SMTPError(421, "4.7.0", "This is not a web server")
+            raise SMTPError(421, "4.7.0", "HTTP request refused")
         raise SMTPError(500, "5.5.2", "Command not recognized")
 
-    def _masked(self, text: str) -> str:
-        """The line for the log; after AUTH, a line that is no command may be a late answer."""
-        words = text.upper().split()
-        if words and "AUTH" in words[0]:
-            self._guarded = True
-            shown = ["AUTH", *(word for word in words[1:2] if word in MECHANISMS)]
-            return " ".join(shown + ["***"] * (len(words) > len(shown)))
-        secret = self._guarded and words and words[0] not in _COMMANDS
-        return "***" if secret else printable(text)
+    def _read_line(self, resume: State) -> bytes | None:
+        """Return the next line with its line end, or None if it is incomplete.
 
-    def _take_line(self, after_error: Reader) -> bytes | None:
-        """A bare LF ends a line as well, so that a person with netcat can type a message.
-
-        after_error is who reads on when a line was too long.
+        A bare LF ends a line, so that a person can type a session with netcat. resume is the
+        state after a line that is too long; SMTPError is raised at the end of that line.
         """
         end = self._buffer.find(b"\n", self._searched) + 1
-        if not end:
+        if end == 0:
             self._searched = len(self._buffer)
-            if self._searched >= MAX_COMMAND:
-                self._read = partial(self._skip_line, after_error)
+            if self._searched >= MAX_COMMAND_LENGTH:
+                self._state = partial(self._skip_line, resume)
             return None
         line = bytes(self._buffer[:end])
         del self._buffer[:end]
         self._searched = 0
-        if end > MAX_COMMAND:
-            self._read = after_error
+        if end > MAX_COMMAND_LENGTH:
+            self._state = resume
             raise SMTPError(500, "5.5.2", "Line too long")
         return line
 
-    def _skip_line(self, after_error: Reader) -> None:
+    def _skip_line(self, resume: State) -> None:
+        """State: discard the rest of a line that is too long."""
         end = self._buffer.find(b"\n") + 1
-        del self._buffer[: end or len(self._buffer)]
         self._searched = 0
-        if end:
-            self._read = after_error
-            raise SMTPError(500, "5.5.2", "Line too long")
+        if end == 0:
+            self._buffer.clear()
+            return
+        del self._buffer[:end]
+        self._state = resume
+        raise SMTPError(500, "5.5.2", "Line too long")
+
+    def _warn(self, warning: str) -> None:
+        """Add a warning about the dialogue to those of the next message."""
+        if warning not in self._protocol_warnings:
+            self._protocol_warnings.append(warning)
+
+    def _warn_if_pipelined(self, verb: str) -> None:
+        """RFC 2920 section 3.1: such a command must be the last one of a group."""
+        if self._buffer:
+            self._warn(
+                f"early-talker: data was sent before the reply to {verb} (RFC 2920 section 3.1)"
+            )
+
+    # Content
 
     def _read_content(self, transaction: Transaction) -> Action | None:
-        """RFC 5321 section 4.5.2: up to the line with one dot, and without dot-stuffing.
+        """State: read content up to the line with a single dot (RFC 5321 section 4.5.2).
 
-        The end of the DATA line is still in front, so that every line of the content, the
-        first one too, begins behind a line end. Only the line end of the DATA line counts
-        as one: no other mixture of CR, LF and dots ends a message (SMTP smuggling).
+        The line end of the DATA command stays in front of the content, so that each line of
+        the content follows a line end. Only that sequence counts as a line end: nothing else
+        made of CR, LF and dots can end the message (SMTP smuggling).
         """
-        eol, buffer = self._line_end, self._buffer
-        if len(buffer) <= 2 * len(eol):  # too short for an end
+        buffer, line_end = self._buffer, self._line_end
+        terminator = line_end + b"." + line_end
+        if len(buffer) < len(terminator):
             return None
-        # Most chunks have no such dot, and those of an attachment no dot at all: that is found
-        # out in no time.
-        dot = buffer.find(eol + b".") if b"." in buffer else -1
-        end = buffer.find(eol + b"." + eol, dot) if dot >= 0 else -1
+        end = buffer.find(terminator)
         if end >= 0:
-            self._keep_lines(transaction, end + len(eol), dot)
-            del buffer[: 1 + len(eol)], transaction.content[: len(eol)]
-            self._read = self._read_command
-            return self._end_of_content(transaction)
-        # The last octets may be the beginning of what was searched for.
-        rest = buffer.find(eol[:1], max(0, len(buffer) - 2 * len(eol)))
-        self._keep_lines(transaction, len(buffer) if rest < 0 else rest, dot)
+            self._append_unstuffed(transaction, end + len(line_end))
+            del buffer[: len(terminator) - len(line_end)]
+            del transaction.content[: len(line_end)]
+            self._state = self._read_command
+            return self._end_content(transaction)
+        # A line end in the last octets may be the start of the terminator or of a stuffed dot.
+        possible_start = buffer.find(line_end[:1], len(buffer) - len(terminator) + 1)
+        self._append_unstuffed(transaction, possible_start if possible_start >= 0 else len(buffer))
         return None
 
-    def _keep_lines(self, transaction: Transaction, count: int, dot: int) -> None:
+    def _append_unstuffed(self, transaction: Transaction, count: int) -> None:
+        """Move octets from the buffer to the content, and undo dot-stuffing."""
         octets = self._buffer[:count]
-        if 0 <= dot < count - len(self._line_end):  # the dot of the end is not among them
-            octets = octets.replace(self._line_end + b".", self._line_end)
         del self._buffer[:count]
-        self._keep(transaction, octets, len(self._line_end))
+        octets = octets.replace(self._line_end + b".", self._line_end)
+        self._append(transaction, octets, overhead=len(self._line_end))
+
+    def _append(self, transaction: Transaction, octets: bytearray, overhead: int = 0) -> None:
+        """Add octets to the content, unless it is too large.
+
+        overhead is how many octets of the content do not belong to the message.
+        """
+        if transaction.error is None:
+            transaction.content += octets
+            transaction.error = self._size_error(len(transaction.content) - overhead)
+        if transaction.error is not None:
+            transaction.content.clear()
+        self._reserve(len(transaction.content))
+
+    def _size_error(self, size: int) -> SMTPError | None:
+        """Return the error for a message of this size, if it is too large."""
+        if 0 < self.config.max_size < size:
+            return SMTPError(552, "5.3.4", "Message exceeds the maximum size")
+        others = self._shared.reserved - self._reserved
+        if others + size > self._shared.content_limit:
+            return SMTPError(452, "4.3.1", "Insufficient storage, try again later")
+        return None
 
     def _read_chunk(self, transaction: Transaction, last: bool) -> Action | None:
-        """RFC 3030 section 2: as many octets as BDAT said, whatever they are."""
-        octets = self._buffer[: self._left]
-        del self._buffer[: self._left]
-        self._left -= len(octets)
-        self._keep(transaction, octets)
-        if transaction.refusal is not None:
-            self._read = self._skip_chunk
-            raise transaction.refusal
-        if self._left:
+        """State: read the octets that BDAT announced (RFC 3030 section 2)."""
+        octets = self._buffer[: self._chunk_remaining]
+        del self._buffer[: self._chunk_remaining]
+        self._chunk_remaining -= len(octets)
+        self._append(transaction, octets)
+        if transaction.error is not None:
+            self._state = self._skip_chunk
+            raise transaction.error
+        if self._chunk_remaining:
             return None
-        self._read = self._read_command
-        return self._end_of_content(transaction) if last else OK
+        self._state = self._read_command
+        return self._end_content(transaction) if last else OK
 
     def _skip_chunk(self) -> Action | None:
-        """The octets of a refused chunk come all the same, and are not commands."""
+        """State: discard the octets of a refused chunk; they are not commands."""
         if self.transaction is not None and self.transaction.rcpt_tos:
-            self.transaction = None  # a message without one of its chunks is none
-        skipped = min(self._left, len(self._buffer))
+            self.transaction = None  # one of its chunks is missing
+        skipped = min(self._chunk_remaining, len(self._buffer))
         del self._buffer[:skipped]
-        self._left -= skipped
-        if self._left:
+        self._chunk_remaining -= skipped
+        if self._chunk_remaining:
             return None
-        self._read = self._read_command
-        return self._read()
+        self._state = self._read_command
+        return self._read_command()
 
-    def _keep(self, transaction: Transaction, octets: bytearray, extra: int = 0) -> None:
-        """Add to the content, of which extra octets do not count, unless it is refused."""
-        if transaction.refusal is None:
-            transaction.content += octets
-            transaction.refusal = self._too_much(len(transaction.content) - extra)
-        if transaction.refusal is not None:
-            transaction.content.clear()
-        self._hold(len(transaction.content))
-
-    def _too_much(self, size: int) -> SMTPError | None:
-        if 0 < self.config.max_size < size:
-            return SMTPError(552, "5.3.4", "Message is larger than the maximum")
-        if self._shared.held - self._held + size > self._shared.limit:
-            return SMTPError(452, "4.3.1", "Too much mail at the same time")
-        return None
-
-    def _end_of_content(self, transaction: Transaction) -> Action | None:
+    def _end_content(self, transaction: Transaction) -> Action | None:
         self.transaction = None
-        if transaction.refusal is not None:
-            raise transaction.refusal
+        if transaction.error is not None:
+            raise transaction.error
         content = bytes(transaction.content)
-        # A large message is in memory once, not twice, while it is stored.
-        transaction.content = bytearray()
+        transaction.content.clear()  # do not hold a large message twice
         envelope = Envelope(
             peer=self.peer,
             helo=self.helo or "",
@@ -975,177 +1093,151 @@ class Session:
             content=content,
             received=datetime.fromtimestamp(self._now, timezone.utc),
         )
-        envelope.warnings.extend([*self._habits, *lint(envelope)])
-        self._habits.clear()
-        return self._stage(".", lambda: envelope.subject, lambda: self._take(envelope))
+        envelope.warnings.extend(self._protocol_warnings + lint(envelope))
+        self._protocol_warnings.clear()
+        return self._apply_rules(".", lambda: envelope.subject, partial(self._accept, envelope))
 
-    def _take(self, envelope: Envelope) -> Deliver:
+    def _protocol(self, transaction: Transaction) -> str:
+        """Return the protocol for the Received field (RFC 3848, RFC 6531 section 4.3)."""
+        if "SMTPUTF8" in transaction.mail_options:
+            name = "UTF8SMTP"
+        else:
+            name = "ESMTP" if self.extended else "SMTP"
+        if self.tls:
+            name += "S"
+        if self.user is not None:
+            name += "A"
+        return name
+
+    def _accept(self, envelope: Envelope) -> Deliver:
         if not self.config.smtputf8:
-            _check_ascii(envelope)
+            _require_ascii(envelope)
         for warning in envelope.warnings:
             log.warning("%s: %s", self.peer, warning)
         if self.config.strict and envelope.warnings:
-            self._shared.refused += 1
+            self._shared.rejected_messages += 1
             raise SMTPError(554, "5.6.0", envelope.warnings[0])
-        return Deliver(envelope)
+        delivery = Deliver(envelope)
+        self._state = partial(self._end_delivery, delivery)
+        return delivery
 
-    def _protocol(self, transaction: Transaction) -> str:
-        """RFC 3848 and RFC 6531 section 4.3: the word after WITH in Received."""
-        utf8 = "SMTPUTF8" in transaction.mail_options
-        name = "UTF8SMTP" if utf8 else "ESMTP" if self.extended else "SMTP"
-        return name + "S" * self.tls + "A" * (self.user is not None)
+    def _end_delivery(self, delivery: Deliver) -> Reply:
+        """State: the connection has performed the delivery."""
+        self._state = self._read_command
+        return delivery.reply
 
-    def _upgrade(self) -> StartTLS:
-        """RFC 3207 section 4.2: the session starts again, and knows nothing."""
-        self._buffer.clear()
-        self.tls = True
-        self.helo = self.user = self.transaction = None
-        self._read = self._read_command
-        return StartTLS()
-
-    def _read_answer(self, dialogue: Dialogue) -> Reply | None:
-        """RFC 4954 section 4: a line of base64, or "*" to cancel."""
-        line = self._take_line(self._read_command)
-        if line is None:
-            return None
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s C: ***", self.peer)
-        self._read = self._read_command
-        if line.strip() == b"*":
-            raise SMTPError(501, "5.7.0", "Authentication cancelled")
-        return self._answer(dialogue, line.strip())
-
-    def _answer(self, dialogue: Dialogue, answer: bytes) -> Reply:
-        try:
-            prompt = dialogue.send(base64.b64decode(answer, validate=True))
-        except StopIteration as end:
-            return self._log_in(*end.value)
-        except ValueError as error:
-            raise SMTPError(501, "5.5.2", "Cannot decode this answer") from error
-        return self._ask(dialogue, prompt)
-
-    def _ask(self, dialogue: Dialogue, prompt: str) -> Reply:
-        self._read = partial(self._read_answer, dialogue)
-        return Reply(334, "", base64.b64encode(prompt.encode()).decode())
-
-    def _log_in(self, user: bytes, password: bytes) -> Reply:
-        accounts = {os.fsencode(name): os.fsencode(word) for name, word in self.config.auth.items()}
-        # RFC 4616 section 2: there is no empty user.
-        if not user or (accounts and accounts.get(user) != password):
-            raise SMTPError(535, "5.7.8", "Authentication failed")
-        self.user = user.decode("utf-8", "replace")
-        return Reply(235, "2.7.0", "Authentication successful")
-
-    # Commands
-
-    def _hello(self, argument: str) -> str:
-        if not _HELO.fullmatch(argument):
-            raise SMTPError(501, "5.5.4", "Say who you are: EHLO name")
-        # RFC 5321 section 4.1.4: either of them resets the transaction.
-        self.transaction = None
-        self.helo = argument
-        return HOSTNAME
-
-    def _must_be_last(self, verb: str) -> None:
-        """RFC 2920 section 3.1: these have to be the last of what is sent together."""
-        if self._buffer:
-            warning = f"early-talker: more came ahead of the reply to {verb}"
-            self._habits[f"{warning} (RFC 2920 section 3.1)"] = None
+    # Commands: one method for each verb. It returns the reply or raises SMTPError.
 
     def _ehlo(self, argument: str) -> Reply:
-        self._must_be_last("EHLO")
-        lines = [self._hello(argument), *extensions(self.config, tls=self.tls, user=self.user)]
+        self._warn_if_pipelined("EHLO")
+        self._greet_client("EHLO", argument)
         self.extended = True
-        return _greeted("\n".join(lines))
+        keywords = extensions(self.config, tls=self.tls, user=self.user)
+        return Reply(250, "", "\n".join([HOSTNAME, *keywords]))
 
     def _helo(self, argument: str) -> Reply:
-        self._must_be_last("HELO")
-        name = self._hello(argument)
+        self._warn_if_pipelined("HELO")
+        self._greet_client("HELO", argument)
         self.extended = False
-        return _greeted(name)
+        return Reply(250, "", HOSTNAME)
+
+    def _greet_client(self, verb: str, argument: str) -> None:
+        if not _HELO_ARGUMENT.fullmatch(argument):
+            raise SMTPError(501, "5.5.4", f"Syntax: {verb} hostname")
+        # RFC 5321 section 4.1.4: both commands reset the transaction.
+        self.transaction = None
+        self.helo = argument
 
     def _mail(self, argument: str) -> Reply:
         if self.helo is None:
-            raise SMTPError(503, "5.5.1", "Send EHLO first")
+            raise SMTPError(503, "5.5.1", "Send EHLO or HELO first")
         if self.config.auth and self.user is None:
             raise SMTPError(530, "5.7.0", "Authentication required")
         if self.transaction is not None:
-            raise SMTPError(503, "5.5.1", "A message has begun already")
-        path, options = self._path(_FROM.fullmatch(argument), MAIL_PARAMETERS)
-        if "SMTPUTF8" in options and not self.config.smtputf8:
+            raise SMTPError(503, "5.5.1", "Nested MAIL command")
+        match = _MAIL_ARGUMENT.fullmatch(argument)
+        if match is None:
+            raise SMTPError(501, "5.5.4", "Syntax: MAIL FROM:<address>")
+        mail_options = self._parse_parameters(match["parameters"], MAIL_PARAMETERS)
+        if "SMTPUTF8" in mail_options and not self.config.smtputf8:
             raise SMTPError(555, "5.5.4", "SMTPUTF8 is disabled")
-        # RFC 5321 section 4.5.5: the null reverse-path
-        mail_from = path and parse_mailbox(path, "5.1.7")
-        _check_declared(mail_from, options)
-        if 0 < self.config.max_size < int(options.get("SIZE", 0)):
-            raise SMTPError(552, "5.3.4", "Message is larger than the maximum")
-        self.transaction = Transaction(mail_from, options)
+        mail_from = ""  # the null reverse-path (RFC 5321 section 4.5.5)
+        if match["path"]:
+            mail_from = parse_mailbox(match["path"], "5.1.7")
+            _require_smtputf8(mail_from, mail_options)
+        if 0 < self.config.max_size < int(mail_options.get("SIZE", 0)):
+            raise SMTPError(552, "5.3.4", "Message exceeds the maximum size")
+        self.transaction = Transaction(mail_from, mail_options)
         return SENDER_OK
 
     def _rcpt(self, argument: str) -> Reply:
-        if self.transaction is None or self.transaction.chunks:
-            raise SMTPError(503, "5.5.1", "Send MAIL first, and BDAT last")
-        octets = self.transaction.octets + len(argument)
-        if len(self.transaction.rcpt_tos) >= MAX_RECIPIENTS or octets > MAX_ADDRESSES:
+        transaction = self.transaction
+        if transaction is None:
+            raise SMTPError(503, "5.5.1", "Send MAIL first")
+        if transaction.chunks:
+            raise SMTPError(503, "5.5.1", "RCPT is not allowed after BDAT")
+        envelope_size = transaction.envelope_size + len(argument)
+        if len(transaction.rcpt_tos) >= MAX_RECIPIENTS or envelope_size > MAX_ENVELOPE_SIZE:
             # RFC 5321 section 4.5.3.1.10
             raise SMTPError(452, "4.5.3", "Too many recipients")
-        path, options = self._path(_TO.fullmatch(argument), RCPT_PARAMETERS)
-        rcpt_to = parse_mailbox(path, "5.1.3")
-        _check_declared(rcpt_to, self.transaction.mail_options)
-        self.transaction.octets = octets
-        self.transaction.rcpt_tos.append(rcpt_to)
-        self.transaction.rcpt_options.append(options)
+        match = _RCPT_ARGUMENT.fullmatch(argument)
+        if match is None:
+            raise SMTPError(501, "5.5.4", "Syntax: RCPT TO:<address>")
+        rcpt_options = self._parse_parameters(match["parameters"], RCPT_PARAMETERS)
+        rcpt_to = parse_mailbox(match["path"], "5.1.3")
+        _require_smtputf8(rcpt_to, transaction.mail_options)
+        transaction.envelope_size = envelope_size
+        transaction.rcpt_tos.append(rcpt_to)
+        transaction.rcpt_options.append(rcpt_options)
         return RECIPIENT_OK
 
-    def _path(
-        self, match: re.Match[str] | None, known: dict[str, str]
-    ) -> tuple[str, dict[str, str]]:
-        """What stands between the brackets, and the parameters behind them."""
-        if match is None:
-            raise SMTPError(501, "5.5.4", "Syntax: MAIL FROM:<address> or RCPT TO:<address>")
-        parameters = match["parameters"] or ""
-        if parameters and not self.extended:
-            raise SMTPError(555, "5.5.4", "Parameters need EHLO")
-        return match["path"], parse_parameters(parameters, known)
+    def _parse_parameters(self, text: str | None, known: dict[str, str]) -> dict[str, str]:
+        if text and not self.extended:
+            raise SMTPError(555, "5.5.4", "Parameters require EHLO")
+        return parse_parameters(text or "", known)
 
     def _data(self, argument: str) -> Reply:
-        _no_argument(argument)
-        transaction = self._addressed()
-        if transaction.chunks or transaction.mail_options.get("BODY", "").upper() == "BINARYMIME":
-            # RFC 3030 sections 2 and 3
-            raise SMTPError(503, "5.5.1", "Go on with BDAT")
-        self._must_be_last("DATA")
+        _require_no_argument(argument)
+        transaction = self._require_recipients()
+        # RFC 3030 sections 2 and 3
+        if transaction.chunks:
+            raise SMTPError(503, "5.5.1", "DATA is not allowed after BDAT")
+        if transaction.body_type == "BINARYMIME":
+            raise SMTPError(503, "5.5.1", "BODY=BINARYMIME requires BDAT")
+        self._warn_if_pipelined("DATA")
         self._buffer[:0] = self._line_end
-        self._read = partial(self._read_content, transaction)
-        return SEND_DATA
+        self._state = partial(self._read_content, transaction)
+        return START_CONTENT
 
     def _bdat(self, argument: str) -> Action | None:
-        match = _BDAT.fullmatch(argument)
+        match = _BDAT_ARGUMENT.fullmatch(argument)
         if match is None:
             raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
-        self._left = int(match["size"])
-        self._read = self._skip_chunk
-        return self._stage("BDAT", lambda: argument, partial(self._begin_chunk, match["last"]))
+        # From here on the size is known: the octets are discarded if the command is refused.
+        self._chunk_remaining = int(match["size"])
+        self._state = self._skip_chunk
+        return self._apply_rules(
+            "BDAT", lambda: argument, partial(self._begin_chunk, match["last"])
+        )
 
     def _begin_chunk(self, last: str) -> Action | None:
         if last and not re.fullmatch(" +LAST", last, re.IGNORECASE | re.ASCII):
             raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
-        transaction = self._addressed()
-        refusal = self._too_much(len(transaction.content) + self._left)
-        if refusal is not None:
-            raise refusal
+        transaction = self._require_recipients()
+        error = self._size_error(len(transaction.content) + self._chunk_remaining)
+        if error is not None:
+            raise error
         transaction.chunks += 1
-        self._read = partial(self._read_chunk, transaction, last=bool(last))
-        return self._read()
+        self._state = partial(self._read_chunk, transaction, last=bool(last))
+        return self._state()
 
-    def _addressed(self) -> Transaction:
-        """The transaction, if there is somebody to deliver to."""
+    def _require_recipients(self) -> Transaction:
         if self.transaction is None or not self.transaction.rcpt_tos:
             raise SMTPError(503, "5.5.1", "Send MAIL and RCPT first")
         return self.transaction
 
     def _rset(self, argument: str) -> Reply:
-        _no_argument(argument)
+        _require_no_argument(argument)
         self.transaction = None
         return OK
 
@@ -1153,44 +1245,88 @@ class Session:
         return OK
 
     def _quit(self, argument: str) -> Reply:
-        _no_argument(argument)
+        _require_no_argument(argument)
         return BYE
 
     def _vrfy(self, argument: str) -> Reply:
         if not argument:
             raise SMTPError(501, "5.5.4", "Syntax: VRFY address")
-        # RFC 5321 section 3.5.3: the honest answer of a server that takes every address
-        return Reply(252, "2.5.0", "Cannot verify, but will take mail for it")
-
-    def _starttls(self, argument: str) -> Reply:
-        _no_argument(argument)
-        if self.tls:
-            raise SMTPError(503, "5.5.1", "TLS is active already")
-        if self.config.tls is None:
-            raise SMTPError(502, "5.5.1", "TLS is not available")
-        self._read = self._upgrade
-        return Reply(220, "2.0.0", "Ready to start TLS")
-
-    def _auth(self, argument: str) -> Reply:
-        """RFC 4954 section 4; "=" is an initial response of no octets."""
-        if self.helo is None:
-            raise SMTPError(503, "5.5.1", "Send EHLO first")
-        if self.transaction is not None or self.user is not None:
-            raise SMTPError(503, "5.5.1", "Not in a message, and only once")
-        name, _, initial = argument.partition(" ")
-        if not name:
-            raise SMTPError(501, "5.5.4", "Syntax: AUTH mechanism [initial-response]")
-        if name.upper() not in MECHANISMS:
-            raise SMTPError(504, "5.5.4", "Mechanism not supported")
-        dialogue = MECHANISMS[name.upper()]()
-        prompt = next(dialogue)
-        if not initial:
-            return self._ask(dialogue, prompt)
-        answer = "" if initial == "=" else initial.strip()
-        return self._answer(dialogue, answer.encode("utf-8", "replace"))
+        return CANNOT_VERIFY  # RFC 5321 section 3.5.3
 
     def _help(self, argument: str) -> Reply:
         return Reply(214, "2.0.0", "Commands:\n" + " ".join(_COMMANDS))
+
+    def _starttls(self, argument: str) -> Reply:
+        _require_no_argument(argument)
+        if self.tls:
+            raise SMTPError(503, "5.5.1", "TLS is already active")
+        if self.config.tls is None:
+            raise SMTPError(502, "5.5.1", "TLS is not available")
+        self._state = self._begin_tls
+        return READY_FOR_TLS
+
+    def _begin_tls(self) -> StartTLS:
+        """State: start again without any knowledge of the client (RFC 3207 section 4.2)."""
+        self._buffer.clear()
+        self.tls = True
+        self.helo = self.user = self.transaction = None
+        self._state = self._read_command
+        return StartTLS()
+
+    def _auth(self, argument: str) -> Reply:
+        """AUTH mechanism [initial-response] (RFC 4954 section 4)"""
+        if self.helo is None:
+            raise SMTPError(503, "5.5.1", "Send EHLO first")
+        if self.transaction is not None:
+            raise SMTPError(503, "5.5.1", "AUTH is not allowed during a mail transaction")
+        if self.user is not None:
+            raise SMTPError(503, "5.5.1", "Already authenticated")
+        name, _, initial_response = argument.partition(" ")
+        if not name:
+            raise SMTPError(501, "5.5.4", "Syntax: AUTH mechanism [initial-response]")
+        if name.upper() not in SASL_MECHANISMS:
+            raise SMTPError(504, "5.5.4", "Unknown authentication mechanism")
+        exchange = SASL_MECHANISMS[name.upper()]()
+        challenge = next(exchange)
+        if not initial_response:
+            return self._challenge(exchange, challenge)
+        if initial_response == "=":  # an empty initial response
+            return self._sasl_step(exchange, b"")
+        return self._sasl_step(exchange, initial_response.strip().encode("utf-8", "replace"))
+
+    def _challenge(self, exchange: SASLExchange, text: str) -> Reply:
+        self._state = partial(self._read_response, exchange)
+        return Reply(334, "", base64.b64encode(text.encode()).decode())
+
+    def _read_response(self, exchange: SASLExchange) -> Reply | None:
+        """State: read a line of base64, or "*", which cancels (RFC 4954 section 4)."""
+        line = self._read_line(self._read_command)
+        if line is None:
+            return None
+        log.debug("%s C: ***", self.peer)
+        self._state = self._read_command
+        if line.strip() == b"*":
+            raise SMTPError(501, "5.7.0", "Authentication cancelled")
+        return self._sasl_step(exchange, line.strip())
+
+    def _sasl_step(self, exchange: SASLExchange, response: bytes) -> Reply:
+        try:
+            challenge = exchange.send(base64.b64decode(response, validate=True))
+        except StopIteration as end:
+            return self._log_in(*end.value)
+        except ValueError as error:
+            raise SMTPError(501, "5.5.2", "Malformed authentication response") from error
+        return self._challenge(exchange, challenge)
+
+    def _log_in(self, user: bytes, password: bytes) -> Reply:
+        users = {
+            os.fsencode(name): os.fsencode(secret) for name, secret in self.config.auth.items()
+        }
+        # RFC 4616 section 2: the user name is not empty.
+        if not user or (users and users.get(user) != password):
+            raise SMTPError(535, "5.7.8", "Authentication failed")
+        self.user = user.decode("utf-8", "replace")
+        return LOGIN_SUCCEEDED
 
 
 _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
@@ -1208,152 +1344,157 @@ _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
     "STARTTLS": Session._starttls,
     "AUTH": Session._auth,
 }
-# Known verbs that a server of this kind does not serve (RFC 5321 section 4.2.4).
-_NOT_SERVED = frozenset(["EXPN", "TURN", "ETRN", "ATRN", "SEND", "SOML", "SAML"])
-# First words of HTTP: somebody uses a browser to make it talk to us.
-_HTTP = frozenset(
-    ["GET", "POST", "PUT", "HEAD", "OPTIONS", "CONNECT", "DELETE", "PATCH", "PRI", "HOST:"]
-)
+# RFC 5321 section 4.2.4: 502 is for commands that the server knows but does not implement.
+_UNIMPLEMENTED_VERBS = "EXPN TURN ETRN ATRN SEND SOML SAML".split()
+# The first words of HTTP requests, which a web page may send to any port with a browser.
+_HTTP_VERBS = "GET POST PUT HEAD OPTIONS CONNECT DELETE PATCH PRI HOST:".split()
 
 
-@lru_cache
-def _greeted(text: str) -> Reply:
-    return Reply(250, "", text)
-
-
-def _no_argument(argument: str) -> None:
+def _require_no_argument(argument: str) -> None:
     if argument:
-        raise SMTPError(501, "5.5.4", "This command takes no argument")
+        raise SMTPError(501, "5.5.4", "No argument allowed")
 
 
-def _check_declared(address: str, mail_options: dict[str, str]) -> None:
-    """RFC 6531 section 3.5: an address outside ASCII needs SMTPUTF8."""
+def _require_smtputf8(address: str, mail_options: dict[str, str]) -> None:
+    """RFC 6531 section 3.5: an address outside ASCII requires the SMTPUTF8 parameter."""
     if not address.isascii() and "SMTPUTF8" not in mail_options:
-        raise SMTPError(553, "5.6.7", "This address needs SMTPUTF8")
+        raise SMTPError(553, "5.6.7", "Non-ASCII address requires SMTPUTF8")
 
 
-def _about(argument: str) -> str:
-    """What a rule is held against: the address in MAIL and RCPT, or the whole argument."""
-    match = _FROM.fullmatch(argument) or _TO.fullmatch(argument)
-    return match["path"] if match else argument
-
-
-def _check_ascii(envelope: Envelope) -> None:
-    """What --disable-smtputf8 refuses: an UTF-8 header section, an undeclared 8-bit body."""
-    header, body = _split(envelope.content)
+def _require_ascii(envelope: Envelope) -> None:
+    """Refuse what --disable-smtputf8 disables: a non-ASCII header, an undeclared 8-bit body."""
+    header, body = split_content(envelope.content)
     if not header.isascii():
-        raise SMTPError(554, "5.6.7", "The header is not ASCII")
+        raise SMTPError(554, "5.6.7", "Non-ASCII header fields require SMTPUTF8")
     if not body.isascii() and envelope.mail_options.get("BODY", "7BIT").upper() == "7BIT":
-        raise SMTPError(554, "5.6.1", "The body is not ASCII, and 8BITMIME was not declared")
+        raise SMTPError(554, "5.6.1", "Non-ASCII body requires BODY=8BITMIME")
+
+
+def _rule_subject(argument: str) -> str:
+    """Return what a rule matches: the address of MAIL and RCPT, or the whole argument."""
+    match = _MAIL_ARGUMENT.fullmatch(argument) or _RCPT_ARGUMENT.fullmatch(argument)
+    return match["path"] if match else argument
 
 
 # --- Storage --------------------------------------------------------------------------
 
+# Characters of a folded header line. Each has up to four octets in UTF-8, so that a line has
+# less than the 998 octets of RFC 5322 section 2.1.1.
+_FOLD_WIDTH = 240
+
+# Characters that have no meaning in a Received field: no parentheses, semicolons or spaces.
+_NOT_IN_RECEIVED = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
+_MANY_SPACES = re.compile(" {100,}")
+_UNFOLDABLE = re.compile(rf"[^ ]{{{_FOLD_WIDTH}}}|{_MANY_SPACES.pattern}")
+
 
 def trace_header(envelope: Envelope, key: str) -> bytes:
-    """What is known of the envelope, as the header fields in front of the stored content.
+    """Return the header fields that are prepended to the stored content.
 
-    key is the name of the message in its Maildir. The lines end with LF and have less than
-    998 octets (RFC 5322 section 2.1.1).
+    key is the name of the message in the Maildir. Lines end with LF.
     """
-    # Parentheses and semicolons mean something in Received; a name has none of them.
-    helo = _NO_NAME.sub("?", envelope.helo[:255])
+    helo = _NOT_IN_RECEIVED.sub("?", envelope.helo[:255])
     address = envelope.peer.rpartition(":")[0]
-    fields = [
-        # RFC 5321 section 4.4. A line of blanks would end the header for some.
-        _BLANKS.sub(" " * 99, f"Return-Path: <{envelope.mail_from}>"),
+    date = format_datetime(envelope.received.replace(microsecond=0))
+    header = [
+        # RFC 5321 section 4.4. Some readers end the header section at a folded line of spaces.
+        _MANY_SPACES.sub(" " * 99, f"Return-Path: <{envelope.mail_from}>"),
         f"X-Peer: {envelope.peer}",
-        f"X-MailFrom: {_encoded(envelope.mail_from)}",
-        f"X-RcptTo: {_encoded(', '.join(envelope.rcpt_tos))}",
+        f"X-MailFrom: {_encode_words(envelope.mail_from)}",
+        f"X-RcptTo: {_encode_words(', '.join(envelope.rcpt_tos))}",
         f"Received: from {helo} ({address}) by {HOSTNAME} (dsmtpd {__version__})"
-        f" with {envelope.protocol} id {key}; {_date(envelope.received.replace(microsecond=0))}",
+        f" with {envelope.protocol} id {key}; {date}",
     ]
-    return "".join(_fold(line) + "\n" for line in fields).encode()
-
-
-# Many messages come in the same second.
-_date = lru_cache(1)(format_datetime)
-
-# Characters of a folded line, of up to four octets each.
-_FOLD = 240
-_NO_NAME = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
-_BLANKS = re.compile(" {100,}")
-_UNFOLDABLE = re.compile(rf"[^ ]{{{_FOLD}}}|{_BLANKS.pattern}")
+    return "".join(_fold(line) + "\n" for line in header).encode()
 
 
 def _fold(line: str) -> str:
-    """RFC 5322 section 2.2.3; a word that does not fit into a line is broken."""
-    if len(line) <= _FOLD:
+    """Fold a header line at spaces (RFC 5322 section 2.2.3), or inside a word that is too long."""
+    if len(line) <= _FOLD_WIDTH:
         return line
-    lines = re.findall(rf".{{1,{_FOLD}}}(?= |$)|.{{{_FOLD}}}", line)
-    return "\n".join([lines[0]] + [" " * (not part.startswith(" ")) + part for part in lines[1:]])
+    pattern = rf".{{1,{_FOLD_WIDTH}}}(?= |$)|.{{{_FOLD_WIDTH}}}"
+    first, *rest = re.findall(pattern, line)
+    return "\n".join([first, *(part if part.startswith(" ") else f" {part}" for part in rest)])
 
 
-def _encoded(text: str) -> str:
-    """RFC 2047 encoded-words for what does not go into a header field as it is."""
-    plain = text.isascii() and "=?" not in text and not _UNFOLDABLE.search(text)
-    if plain:
+def _encode_words(text: str) -> str:
+    """Return the text as RFC 2047 encoded-words if a header field cannot contain it."""
+    if text.isascii() and "=?" not in text and not _UNFOLDABLE.search(text):
         return text
     # An encoded-word has 75 characters at most: 11 characters of up to four octets fit.
-    parts = [text[at : at + 11].encode() for at in range(0, len(text), 11)]
+    parts = [text[start : start + 11].encode() for start in range(0, len(text), 11)]
     return " ".join(f"=?utf-8?b?{base64.b64encode(part).decode()}?=" for part in parts)
 
 
-class MaildirStore(mailbox.Maildir):
-    """A Maildir that messages are delivered into, from several threads or processes.
+class MaildirStore:
+    """Stores messages in a Maildir. Several threads and processes may use the same one.
 
-    directory is made where it is missing, and completed where it is a Maildir already or
-    empty; None is the current directory, which is completed whatever it holds. Raises
-    OSError, or mailbox.Error with a text that says what is wrong, and then makes nothing.
+    directory is created if it is missing, and completed if it is empty or has one of the
+    folders of a Maildir. None is the current directory, which is always completed. Raises
+    mailbox.Error for another directory, and OSError; nothing is created then.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
-        root = os.path.abspath(directory or ".")
+        self.path = Path(directory or ".").absolute()
         if directory is not None:
-            _check_maildir(root)
-        self.directory = root
+            _require_maildir(self.path)
         for name in ("tmp", "new", "cur"):
-            os.makedirs(os.path.join(root, name), mode=0o700, exist_ok=True)
-        super().__init__(root, create=False)
+            (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def count(self) -> int:
+        """Return the number of messages in the Maildir."""
+        return len(mailbox.Maildir(self.path, create=False))
 
     def deliver(self, envelope: Envelope) -> Path:
-        """Store the message; returns where it is.
+        """Store a message, and return its path.
 
-        The file is whole and on disk when this returns. Raises SMTPError 451, with nothing
-        left behind, when it could not be written.
+        The file is complete and flushed to disk when this returns. Raises SMTPError 451 if
+        it cannot be written; nothing is left of it then.
         """
-        from pathlib import Path
-
-        # mailbox.Maildir.add leaves a file in tmp when the disk is full, counts on one
-        # thread, and on Windows ends the lines with CRLF.
-        seconds, rest = divmod(time.time_ns(), 1_000_000_000)
-        key = f"{seconds}.M{rest // 1000:06}P{os.getpid()}R{os.urandom(8).hex()}.{HOSTNAME}"
-        tmp, new = f"{self.directory}/tmp/{key}", f"{self.directory}/new/{key}"
-        header, content = trace_header(envelope, key), envelope.content
-        if envelope.mail_options.get("BODY", "").upper() != "BINARYMIME":
-            if envelope.has_bare_cr:
-                content = content.replace(b"\r\n", b"\n")
-            else:  # the same in a third of the time
-                content = content.translate(None, b"\r")
+        # mailbox.Maildir.add() leaves a file in tmp when the disk is full, is not safe to use
+        # from several threads, and writes CRLF on Windows.
+        seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+        unique = f"M{nanoseconds // 1000:06}P{os.getpid()}R{os.urandom(8).hex()}"
+        key = f"{seconds}.{unique}.{HOSTNAME}"
+        # Operations on Path objects take longer than the system calls.
+        tmp, new = os.path.join(self.path, "tmp", key), os.path.join(self.path, "new", key)
         try:
-            _write(tmp, header, content)
+            _write_file(tmp, trace_header(envelope, key), _stored_content(envelope))
             os.rename(tmp, new)
         except OSError as error:
-            log.error("Cannot store a message of %s: %s", envelope.peer, error)
+            log.error("Cannot store a message from %s: %s", envelope.peer, error)
             with contextlib.suppress(OSError):
                 os.unlink(tmp)
-            raise SMTPError(451, "4.3.0", "Cannot store the message now") from error
+            raise SMTPError(451, "4.3.0", "Cannot store the message, try again later") from error
         return Path(new)
+
+
+def _require_maildir(path: Path) -> None:
+    """Raise mailbox.Error if the directory exists and contains something else."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise mailbox.Error(f"{path} is not a directory")
+    names = {entry.name for entry in path.iterdir()}
+    if names and not names & {"cur", "new"}:
+        missing = ", ".join(sorted({"cur", "new", "tmp"} - names))
+        raise mailbox.Error(f"{path} is not a Maildir: it has no {missing}")
+
+
+def _stored_content(envelope: Envelope) -> bytes:
+    """Return the content with LF as line end, the custom in a Maildir. Bare CR are kept."""
+    if envelope.mail_options.get("BODY", "").upper() == "BINARYMIME":
+        return envelope.content
+    if envelope.has_bare_cr:
+        return envelope.content.replace(b"\r\n", b"\n")
+    return envelope.content.translate(None, b"\r")  # faster than replace()
 
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
-def _write(path: str, *parts: bytes) -> None:
-    """Make a file that is on disk when this returns.
-
-    Without a file object, and without a Path: the two take as long again.
-    """
+def _write_file(path: str, *parts: bytes) -> None:
+    """Create a file and flush it to disk. A file object would make more system calls."""
     descriptor = os.open(path, _NEW_FILE, 0o666)
     try:
         for part in parts:
@@ -1365,32 +1506,263 @@ def _write(path: str, *parts: bytes) -> None:
         os.close(descriptor)
 
 
-def _check_maildir(root: str) -> None:
-    """Refuse a directory that is in use for something else."""
-    if not os.path.exists(root):
-        return
-    if not os.path.isdir(root):
-        raise mailbox.Error(f"{root} is not a directory")
-    names = set(os.listdir(root))
-    if names and not names & {"cur", "new"}:
-        missing = ", ".join(sorted({"cur", "new", "tmp"} - names))
-        raise mailbox.Error(f"{root} is not a Maildir: it has no {missing}")
+# --- Connection -----------------------------------------------------------------------
+
+
+class Connection:
+    """One client: reads its bytes, feeds its session, and performs the session's actions.
+
+    deliver(envelope) returns the reply to the end of the content. tls_context is for the
+    action StartTLS, and for a session that starts with TLS.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        deliver: Callable[[Envelope], Awaitable[Reply]],
+        tls_context: ssl.SSLContext | None = None,
+    ) -> None:
+        self._session = session
+        self._reader = reader
+        self._writer = writer
+        self._deliver = deliver
+        self._tls_context = tls_context
+        self._unsent = bytearray()  # replies that are not written yet
+        self._action: Action | None = None  # the action in progress
+        self._final_reply: Reply | None = None  # why the session was interrupted
+        self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        self._last_progress = self._loop.time()
+        self._idle_timer = self._loop.call_later(IDLE_TIMEOUT, self._check_idle)
+        # asyncio allocates max_size bytes for each read, by default 256 KiB. Other event loops
+        # do not have this attribute.
+        transport: Any = writer.transport
+        with contextlib.suppress(AttributeError):
+            transport.max_size = READ_SIZE
+
+    async def run(self) -> None:
+        """Serve the client until one side closes the connection."""
+        try:
+            await self._converse()
+        except asyncio.CancelledError:
+            if self._final_reply is None:  # the event loop ends
+                self._writer.transport.abort()
+        except OSError as error:
+            log.debug("%s: %s", self._session.peer, error)
+        except Exception:
+            log.exception("%s: Session failed", self._session.peer)
+        finally:
+            await self._close()
+
+    def interrupt(self, reply: Reply) -> None:
+        """End the session with this reply, after a delivery in progress."""
+        self._final_reply = reply
+        if self._task is not None and not isinstance(self._action, Deliver):
+            self._task.cancel()
+
+    def abort(self) -> None:
+        """Close the connection at once, unless a delivery is in progress."""
+        if not isinstance(self._action, Deliver):
+            self._writer.transport.abort()
+
+    async def _converse(self) -> None:
+        if self._session.tls:
+            await self._perform(StartTLS())
+        data = b""  # the first call of receive() yields the greeting
+        while True:
+            for action in self._session.receive(data, time.time()):
+                if isinstance(action, Reply):
+                    await self._queue(action)
+                    if action.closes_connection:
+                        return
+                elif isinstance(action, Close):
+                    return
+                else:
+                    await self._flush()
+                    await self._perform(action)
+            await self._flush()
+            if self._final_reply is not None:  # interrupted during a delivery
+                return
+            data = await self._reader.read(READ_SIZE)
+            if not data:
+                return
+            self._last_progress = self._loop.time()
+
+    async def _queue(self, reply: Reply) -> None:
+        self._unsent += reply.encoded
+        if len(self._unsent) >= READ_SIZE:
+            await self._flush()
+
+    async def _flush(self) -> None:
+        """Write the replies, and wait while the client does not read them."""
+        if not self._unsent:
+            return
+        self._writer.write(bytes(self._unsent))
+        self._unsent.clear()
+        try:
+            await self._writer.drain()
+        except OSError:
+            pass  # the client has disconnected; what it sent before is still processed
+        except asyncio.CancelledError:
+            self._writer.transport.abort()  # the client would not read the last reply either
+            raise
+
+    async def _perform(self, action: Action) -> None:
+        self._action = action
+        try:
+            if isinstance(action, Deliver):
+                action.reply = await self._deliver(action.envelope)
+            elif isinstance(action, StartTLS):
+                await self._start_tls()
+            elif isinstance(action, Delay):
+                await asyncio.sleep(action.seconds)
+        finally:
+            self._action = None
+            self._last_progress = self._loop.time()
+
+    async def _start_tls(self) -> None:
+        """Replace the streams; bytes that arrived in plain text stay in the old reader.
+
+        Raises OSError if the handshake fails.
+        """
+        # Python 3.10 has no StreamWriter.start_tls().
+        plain = self._writer.transport
+        plain_protocol = plain.get_protocol()
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        assert self._tls_context is not None
+        try:
+            if plain.is_closing():  # start_tls() would wait for the handshake timeout
+                raise ConnectionResetError("Connection closed by the client")
+            transport = await self._loop.start_tls(
+                plain, protocol, self._tls_context, server_side=True
+            )
+            if transport is None:
+                raise ConnectionResetError("Connection closed by the client")
+        except (OSError, asyncio.CancelledError) as error:
+            log.warning("%s: TLS handshake failed: %s", self._session.peer, error)
+            plain.abort()
+            plain_protocol.connection_lost(None)  # asyncio tells only the protocol of TLS
+            raise
+        protocol.connection_made(transport)
+        self._reader = reader
+        self._writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
+
+    async def _close(self) -> None:
+        """Send the last replies, and close the connection."""
+        self._task = None  # too late to be cancelled
+        self._session.close()
+        if self._final_reply is not None:
+            self._unsent += self._session.disconnect(self._final_reply).encoded
+        if self._unsent:
+            self._writer.write(bytes(self._unsent))
+        self._writer.close()
+        with contextlib.suppress(Exception):  # the reason why the connection was lost
+            await self._writer.wait_closed()
+        self._idle_timer.cancel()
+
+    def _check_idle(self) -> None:
+        """Interrupt the session if the client is idle, and check again later."""
+        now = self._loop.time()
+        if self._action is not None:
+            self._last_progress = now
+        deadline = self._last_progress + IDLE_TIMEOUT
+        if deadline <= now:
+            if self._task is None:  # the client does not read the last reply
+                self.abort()
+            self.interrupt(TIMED_OUT)
+            deadline = now + IDLE_TIMEOUT
+        self._idle_timer = self._loop.call_at(deadline, self._check_idle)
 
 
 # --- Server ---------------------------------------------------------------------------
 
 
+# Called with each message: a plain function, or one that returns an awaitable.
+Handler = Callable[[Envelope], object]
+
+
+class StoragePool:
+    """Stores the messages of an event loop in threads.
+
+    Invariant: while messages wait, a thread takes one after the other, and a timer runs. A
+    thread for each message would contend with the event loop for the interpreter lock at
+    every system call. If the timer expires, the thread has met a slow message: each message
+    that still waits gets a thread of its own.
+    """
+
+    def __init__(
+        self, store: Callable[[Envelope], Path], threads: concurrent.futures.Executor
+    ) -> None:
+        self._store = store
+        self._threads = threads
+        self._waiting: deque[tuple[Envelope, asyncio.Future[Path]]] = deque()
+        self._stored: deque[tuple[asyncio.Future[Path], Path | Exception]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def store(self, envelope: Envelope) -> Path:
+        """Store a message in a thread; return and raise what the function does."""
+        future: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
+        self._waiting.append((envelope, future))
+        if self._timer is None:
+            self._start_threads(1)
+        return await future
+
+    def _start_threads(self, count: int) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(SLOW_DELIVERY, self._on_slow_message)
+        for _ in range(count):
+            self._threads.submit(self._store_waiting, loop)
+
+    def _store_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run in a thread: store messages until none is left."""
+        while self._waiting:
+            try:
+                envelope, future = self._waiting.popleft()
+            except IndexError:  # another thread took it
+                break
+            try:
+                self._stored.append((future, self._store(envelope)))
+            except Exception as error:
+                self._stored.append((future, error))
+        loop.call_soon_threadsafe(self._on_none_left)
+
+    def _on_slow_message(self) -> None:
+        self._timer = None
+        if self._waiting:
+            self._start_threads(len(self._waiting))
+        self._set_results()
+
+    def _on_none_left(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting:  # arrived after the thread had looked
+            self._start_threads(1)
+        self._set_results()
+
+    def _set_results(self) -> None:
+        while self._stored:
+            future, result = self._stored.popleft()
+            if future.cancelled():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+
 class Server:
     """An SMTP server in the running event loop; `async with` starts and closes it.
 
-    What it does is in config, in which options, named as the fields of Config, replace what
-    they name. deliver(envelope) takes each message: a plain function, in a thread, or an async
-    one, in the loop. When it returns, the reply is 250; an SMTPError is the reply, and any
-    other exception is 451. Without it messages go into the Maildir of the config. Where it
-    returns a Path, that is the path of the envelope that on_message gets.
-    on_message(envelope) is called in the loop with each message that was taken, before the
-    reply. Raises ValueError for a certificate or a rule that cannot be used, and what
-    MaildirStore raises.
+    config and options, named as the fields of Config, say how it behaves; options take
+    precedence. handler(envelope) is called with each message, a plain function in a thread,
+    an async function in the event loop. When it returns, the reply is 250. If it raises
+    SMTPError, that is the reply; for other exceptions the reply is 451. Without a handler,
+    messages are stored in config.directory. on_message(envelope) is called in the event loop
+    with each accepted message, before the reply. Raises ValueError for an invalid option.
     """
 
     def __init__(
@@ -1398,110 +1770,102 @@ class Server:
         config: Config | None = None,
         /,
         *,
-        deliver: Callable[[Envelope], object] | None = None,
-        on_message: Callable[[Envelope], object] | None = None,
+        handler: Handler | None = None,
+        on_message: Handler | None = None,
         **options: Any,
     ) -> None:
         self.config = replace(config or Config(), **options)
         self.host = self.config.interface
-        """The first address that the server listens at."""
+        """The first address that the server listens on."""
         self.port = self.config.port
         """The port, known once the server has started."""
-        self.listening: list[tuple[str, int]] = []
-        """All of them, as (address, port)."""
-        self._tls = _tls_context(self.config) if self.config.tls else None
-        self._deliver: Callable[[Envelope], Any] = (
-            deliver or MaildirStore(self.config.directory).deliver
-        )
-        self._deliver_in_loop = inspect.iscoroutinefunction(self._deliver)
+        self.addresses: list[tuple[str, int]] = []
+        """All addresses that the server listens on, with their ports."""
+        self.store: MaildirStore | None = None
+        """Where messages are stored, once the server has started; None with a handler."""
+        self._handler = handler
+        self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
-        self._buffer = memoryview(bytearray(CHUNK))
-        self._sockets: list[socket.socket] = []
+        self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
+        content_limit = max(MAX_CONTENT_IN_MEMORY, 2 * self.config.max_size or float("inf"))
+        self._shared = SharedState(self.config, content_limit)
+        self._pool: StoragePool | None = None
+        self._tls_context: ssl.SSLContext | None = None
         self._listeners: list[asyncio.Server] = []
         self._connections: dict[asyncio.Task[None], Connection] = {}
-        limit = max(MAX_CONTENT, 2 * self.config.max_size or float("inf"))
-        self._shared = Shared(self.config, limit)
-        self._workers = Workers(self._deliver)
-        self._to_send: list[Connection] = []
         self._closed = asyncio.Event()
 
     async def start(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, at sockets that listen already or at those of the config.
+        """Listen on the addresses of the config, or on sockets that listen already.
 
-        Raises OSError, or ValueError for a host name that cannot be one.
+        Raises OSError if it cannot listen, ValueError for a host name or a certificate that
+        cannot be used, and what MaildirStore raises.
         """
-        self._sockets = sockets or _listen(self.config)
-        self.listening = [sock.getsockname()[:2] for sock in self._sockets]
-        self.host, self.port = self.listening[0]
-        loop = asyncio.get_running_loop()
-        for sock in self._sockets:
-            listener = await loop.create_server(self._streams, sock=sock, backlog=MAX_CONNECTIONS)
+        with contextlib.ExitStack() as on_error:
+            sockets = sockets or listen(self.config)
+            for sock in sockets:
+                on_error.callback(sock.close)
+            if self.config.tls is not None:
+                self._tls_context = make_tls_context(self.config)
+            if self._handler is None:
+                self.store = MaildirStore(self.config.directory)
+                self._pool = StoragePool(self.store.deliver, self._threads)
+            on_error.pop_all()
+        self.addresses = [sock.getsockname()[:2] for sock in sockets]
+        self.host, self.port = self.addresses[0]
+        for sock in sockets:
+            listener = await asyncio.start_server(
+                self._serve_client, sock=sock, backlog=MAX_CONNECTIONS
+            )
             self._listeners.append(listener)
-
-    def _streams(self) -> asyncio.StreamReaderProtocol:
-        # What was read is copied at once, so that one buffer will do for the loop.
-        return _StreamProtocol(self._buffer, self._accept)
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""
         await self._closed.wait()
 
     @property
-    def refused(self) -> int:
-        """How many messages were refused because of `strict`."""
-        return self._shared.refused
+    def rejected_messages(self) -> int:
+        """How many messages were rejected because of config.strict."""
+        return self._shared.rejected_messages
 
-    async def finish(self, seconds: float) -> None:
-        """Wait until all clients have gone, for so many seconds at most."""
+    async def wait_for_clients(self, timeout: float) -> None:
+        """Wait until all clients have disconnected, at most timeout seconds."""
         if self._connections:
-            await asyncio.wait(self._connections, timeout=seconds)
+            await asyncio.wait(self._connections, timeout=timeout)
 
     async def close(self) -> None:
-        """Stop listening, tell the clients (421 4.3.2), and finish deliveries in progress."""
-        await self._stop_listening()
-        for connection in self._connections.values():
-            connection.interrupt(SMTPError(421, "4.3.2", "Shutting down"))
-        await self.finish(STOP_TIMEOUT)
-        while self._connections:
-            for connection in self._connections.values():
-                connection.give_up()
-            await self.finish(STOP_TIMEOUT)
-        self._workers.close()
-        self._closed.set()
-
-    async def _stop_listening(self) -> None:
-        # asyncio loses the clients that it has accepted and not handed over yet. It takes
-        # some turns of the loop until they are ours, and there must be no new ones meanwhile.
-        with contextlib.suppress(NotImplementedError):  # on Windows
-            for sock in self._sockets:
-                asyncio.get_running_loop().remove_reader(sock)
-        for _ in range(5):
-            await asyncio.sleep(0)
+        """Stop listening, send 421 to the clients, and wait for deliveries in progress."""
+        await asyncio.sleep(ACCEPT_GRACE)
         for listener in self._listeners:
             listener.close()
-        self._sockets = []
+        for connection in self._connections.values():
+            connection.interrupt(SHUTTING_DOWN)
+        await self.wait_for_clients(STOP_TIMEOUT)
+        while self._connections:
+            for connection in self._connections.values():
+                connection.abort()
+            await self.wait_for_clients(STOP_TIMEOUT)
+        self._threads.shutdown()
+        self._closed.set()
 
     async def __aenter__(self) -> Server:
         await self.start()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    async def _accept(self, reader: _Reader, writer: asyncio.StreamWriter) -> None:
-        peer = _address(writer.get_extra_info("peername"))
+    async def _serve_client(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        peer = format_address(writer.get_extra_info("peername"))
         if len(self._connections) >= MAX_CONNECTIONS:
-            log.warning("%s: too many connections", peer)
-            writer.write(Reply(421, "4.3.2", "Too many connections").octets)
+            log.warning("%s: Too many connections", peer)
+            writer.write(TOO_MANY_CONNECTIONS.encoded)
             writer.close()
             return
         session = Session(self.config, peer, self._shared)
-        connection = Connection(self, session, reader, writer)
+        connection = Connection(session, reader, writer, self._deliver, self._tls_context)
         task = asyncio.current_task()
         assert task is not None
         self._connections[task] = connection
@@ -1510,386 +1874,99 @@ class Server:
         finally:
             del self._connections[task]
 
-    def send_soon(self, connection: Connection) -> None:
-        """Have its replies sent at the end of the loop's turn, with those of the others.
-
-        Replies that leave one behind the other find clients awake; that saves a twentieth.
-        """
-        if not self._to_send:
-            asyncio.get_running_loop().call_soon(self._send)
-        self._to_send.append(connection)
-
-    def _send(self) -> None:
-        to_send, self._to_send = self._to_send, []
-        for connection in to_send:
-            connection.send()
-
-    async def start_tls(
-        self, transport: asyncio.WriteTransport
-    ) -> tuple[_Reader, asyncio.StreamWriter]:
-        """Begin TLS on a connection; returns the new streams. Raises OSError if that fails."""
-        # Not StreamWriter.start_tls: Python 3.10 lacks it, and the old reader would keep the
-        # plain text that came after STARTTLS.
-        loop = asyncio.get_running_loop()
-        reader = _Reader()
-        protocol = _TLSReaderProtocol(reader)
-        assert self._tls is not None
-        if transport.is_closing():  # of which start_tls would never hear
-            raise ConnectionResetError("the client is gone")
-        plain = transport.get_protocol()
+    async def _deliver(self, envelope: Envelope) -> Reply:
+        """Store the message or call the handler; return the reply to the end of its content."""
         try:
-            secure = await loop.start_tls(transport, protocol, self._tls, server_side=True)
-            if secure is None:
-                raise ConnectionResetError("the client is gone")
-        except (OSError, asyncio.CancelledError):
-            plain.connection_lost(None)  # asyncio tells the protocol of TLS only
-            raise
-        protocol.connection_made(secure)
-        return reader, asyncio.StreamWriter(secure, protocol, reader, loop)
-
-    async def deliver(self, envelope: Envelope) -> Reply:
-        """Hand a message over; returns the reply to the end of its content."""
-        try:
-            if self._deliver_in_loop:
-                result = await self._deliver(envelope)
-            else:
-                result = await self._workers.call(envelope)
-                if inspect.isawaitable(result):
-                    result = await result
+            if self._pool is not None:
+                envelope = replace(envelope, path=await self._pool.store(envelope))
+            if self._handler is not None:
+                await self._call_handler(self._handler, envelope)
         except SMTPError as error:
             return error.reply
-        except (asyncio.CancelledError, GeneratorExit):  # the end of the session
+        except (asyncio.CancelledError, GeneratorExit):  # the end of the event loop
             raise
-        except BaseException:  # SystemExit too: that is not for a handler to decide
-            log.exception("%s: the message could not be delivered", envelope.peer)
-            return Reply(451, "4.3.0", "Cannot take the message now")
+        except BaseException:  # a handler may raise anything, such as SystemExit
+            log.exception("%s: Cannot deliver the message", envelope.peer)
+            return DELIVERY_FAILED
         if self._on_message is not None:
-            if isinstance(result, os.PathLike):
-                from pathlib import Path
-
-                envelope = replace(envelope, path=Path(result))
             self._on_message(envelope)
         if log.isEnabledFor(logging.INFO):
-            log.info("%s: %s", envelope.peer, _summary(envelope))
-        return ACCEPTED
+            log.info("%s: %s", envelope.peer, envelope.summary())
+        return MESSAGE_ACCEPTED
 
-
-class _Reader(asyncio.StreamReader):
-    """A stream whose octets can be taken as they arrive, and not by a task that is woken.
-
-    That saves an eighth of the time of a short message.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(limit=CHUNK)
-        self._take: Callable[[bytes], bool] | None = None
-
-    def feed_data(self, data: Any) -> None:
-        if self._take is None:
-            super().feed_data(data)
-        elif not self._take(data):
-            self._take = None
-            super().feed_data(b"\n")  # wakes receive(), and is dropped there
-
-    async def receive(self, take: Callable[[bytes], bool]) -> bytes | None:
-        """Have take() called with what arrives, until it returns False.
-
-        Returns what has arrived since then, or what was there before; None is the end.
-        """
-        self._take = take
-        try:
-            octets = await self.read(CHUNK)
-            if not octets:
-                return None
-            return octets[1:] if self._take is None else octets
-        finally:
-            self._take = None
-
-
-class _StreamProtocol(asyncio.StreamReaderProtocol, asyncio.BufferedProtocol):
-    """Streams that read into a buffer of ours, and not each time into a new one of 256 KiB.
-
-    With those a short message takes half as long again.
-    """
-
-    def __init__(self, buffer: memoryview, accept: Callable[..., Any]) -> None:
-        reader = _Reader()
-        super().__init__(reader, accept)
-        self._feed = reader.feed_data  # data_received() looks for it each time
-        self._buffer = buffer
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._feed(bytes(self._buffer[:nbytes]))
-
-
-class _TLSReaderProtocol(asyncio.StreamReaderProtocol):
-    """TLS has no half-closed connections, and asyncio warns where somebody asks for one."""
-
-    def eof_received(self) -> bool:
-        super().eof_received()
-        return False
-
-
-# What a function of Workers has returned, or what it has raised.
-Outcome = asyncio.Future[tuple[object, BaseException | None]]
-
-
-class Workers:
-    """Calls a plain function in threads, for many callers in one event loop.
-
-    One thread does all the calls that are waiting, one after the other, and the loop sleeps
-    meanwhile: with a thread for each call the two of them hand over Python's lock all the
-    time, and a short message takes two and a half times as long. But a call that takes
-    longer than PATIENCE is left to its thread, and each that waits behind it gets another
-    one. So nobody waits for somebody else's slow disk.
-    """
-
-    def __init__(self, function: Callable[[Envelope], object]) -> None:
-        self._function = function
-        self._waiting: deque[tuple[Envelope, Outcome]] = deque()
-        self._done: deque[tuple[Outcome, object, BaseException | None]] = deque()
-        self._timer: asyncio.TimerHandle | None = None
-
-    @cached_property
-    def _threads(self) -> concurrent.futures.ThreadPoolExecutor:
-        return concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
-
-    async def call(self, envelope: Envelope) -> object:
-        """What the function returns for the envelope; raises what it raises."""
-        future: Outcome = asyncio.get_running_loop().create_future()
-        self._waiting.append((envelope, future))
-        if self._timer is None:
-            self._start(1)
-        result, error = await future
-        if error is not None:
-            raise error
-        return result
-
-    def close(self) -> None:
-        """End the threads, when the calls have ended."""
-        self._threads.shutdown()
-
-    def _start(self, threads: int) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(PATIENCE, self._look)
-        for _ in range(threads):
-            # In the next turn of the loop, when more are waiting; that saves a twelfth.
-            loop.call_soon(self._threads.submit, self._work, loop)
-
-    def _look(self) -> None:
-        self._timer = None
-        if self._waiting:
-            self._start(len(self._waiting))
-        self._settle()
-
-    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                envelope, future = self._waiting.popleft()
-                try:
-                    self._done.append((future, self._function(envelope), None))
-                except BaseException as error:
-                    self._done.append((future, None, error))
-        loop.call_soon_threadsafe(self._rest)
-
-    def _rest(self) -> None:
-        """A thread has found nothing more to do."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._waiting:
-            self._start(1)
-        self._settle()
-
-    def _settle(self) -> None:
-        """Last of all: a thread that has taken the last call may have ended others by then."""
-        while self._done:
-            future, result, error = self._done.popleft()
-            if not future.cancelled():
-                future.set_result((result, error))
-
-
-class Connection:
-    """A client: moves octets between its socket and its session."""
-
-    def __init__(
-        self,
-        server: Server,
-        session: Session,
-        reader: _Reader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        self._server = server
-        self._session = session
-        self._peer = session.peer
-        self._reader = reader
-        self._writer = writer
-        self._unsent = bytearray()
-        self._put_off: Action | None = None
-        """What _answer() has left to the task."""
-        self._interrupted = asyncio.Event()
-        self._delivering = False
-        self._loop = asyncio.get_running_loop()
-        self._waiting_since: float | None = None
-        """When it began to wait for the client, while it does."""
-        self._timer = self._loop.call_later(IDLE_TIMEOUT, self._watch)
-
-    async def run(self) -> None:
-        """Talk until one side has enough of it."""
-        try:
-            if self._session.tls:
-                await self._start_tls()
-            await self._converse()
-        except SMTPError as error:  # interrupted
-            self._say(error.reply)
-        except OSError as error:
-            log.debug("%s: %s", self._peer, error)
-        except Exception:
-            log.exception("%s: the session has failed", self._peer)
-        finally:
-            self._session.close()
-            self.send()
-            self._writer.close()
-            # Without TLS, which says goodbye, and without unwritten replies it is closed in the
-            # next turn of the loop. Not to wait for that saves a thirtieth of a session's time.
-            if self._session.tls or self._unwritten():
-                self._waiting_since = self._loop.time()
-                with contextlib.suppress(Exception):  # what has ended it is no news
-                    await self._writer.wait_closed()
-            self._timer.cancel()
-
-    # An interruption reaches a session that waits for octets, or in a Delay. One that waits
-    # until it can write is aborted; a delivery ends first, and then the session sees it. A
-    # TLS handshake does not see it: give_up() ends that.
-
-    def interrupt(self, error: SMTPError) -> None:
-        """End the session with this reply, at the next time it waits for the client."""
-        self._interrupted.set()
-        if self._unwritten():
-            self._writer.transport.abort()  # it does not read what we say
+    async def _call_handler(self, handler: Handler, envelope: Envelope) -> None:
+        if self._handler_is_async:
+            result = handler(envelope)
         else:
-            self._reader.set_exception(error)
+            loop = asyncio.get_running_loop()
+            result = await loop.run_in_executor(self._threads, _call, handler, envelope)
+        if inspect.isawaitable(result):
+            await result
 
-    def give_up(self) -> None:
-        """End the connection without a word, unless a message is being delivered."""
-        if not self._delivering:
-            self._writer.transport.abort()
 
-    async def _converse(self) -> None:
-        data: bytes | None = b""
-        while data is not None:
-            reader = self._reader
-            if not await self._catch_up():
-                return
-            if reader is not self._reader:
-                data = b""  # it came in plain text, ahead of TLS
-            done = self._answer(data)
-            data = b""
-            if self._put_off is None:
-                if not done:
-                    await self._flush()
-                    self._waiting_since = self._loop.time()
-                data = await self._reader.receive(self._answer)
-                self._waiting_since = None
+def _call(handler: Handler, envelope: Envelope) -> object:
+    """Call a handler in a thread. A future cannot hold all exceptions, such as StopIteration."""
+    try:
+        return handler(envelope)
+    except SMTPError:
+        raise
+    except BaseException as error:
+        raise RuntimeError("The handler failed") from error
 
-    def _answer(self, data: bytes) -> bool:
-        """Give the session what has arrived, and send its replies; never waits.
 
-        Returns False when there is something to wait for: an action that takes time, which is
-        put off, or a client that does not read.
-        """
-        for action in self._session.receive(data, time.time()):
-            if not isinstance(action, Reply) or action.closes or len(self._unsent) >= CHUNK:
-                self._put_off = action
-                return False
-            self._say(action)
-        self._waiting_since = self._loop.time()
-        self._server.send_soon(self)
-        return not self._unwritten()
+# --- Sockets and certificates ---------------------------------------------------------
 
-    async def _catch_up(self) -> bool:
-        """Carry out what was put off, and its reply; returns whether the session goes on."""
-        await self._flush()
-        action, self._put_off = self._put_off, None
-        reply = action if isinstance(action, Reply) else await self._perform(action)
-        if reply is not None:
-            self._say(reply)
-        over = isinstance(action, Close) or (reply is not None and reply.closes)
-        if over:
-            await self._flush()
-        return not over
 
-    async def _perform(self, action: Action | None) -> Reply | None:
-        if isinstance(action, Deliver):
-            self._delivering = True
-            try:
-                return await self._server.deliver(action.envelope)
-            finally:
-                self._delivering = False
-        if isinstance(action, StartTLS):
-            await self._start_tls()
-        if isinstance(action, Delay):
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._interrupted.wait(), action.seconds)
-        return None
+def listen(config: Config) -> list[socket.socket]:
+    """Return a listening socket for each address of config.interface, all on one port.
 
-    async def _start_tls(self) -> None:
+    Raises OSError if it cannot listen there, and ValueError for an invalid host name.
+    """
+    found = socket.getaddrinfo(config.interface, config.port, type=socket.SOCK_STREAM)
+    addresses = [(family, name) for family, _, _, _, name in found]
+    attempts = 1 if config.port else 20
+    while True:
         try:
-            streams = await self._server.start_tls(self._writer.transport)
+            return _bind(dict.fromkeys(addresses), config.reuse_port)
         except OSError as error:
-            log.warning("%s: the TLS handshake failed: %s", self._peer, error)
-            raise
-        self._reader, self._writer = streams
-
-    def _say(self, reply: Reply) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            for line in reply.octets.decode().splitlines():
-                log.debug("%s S: %s", self._peer, line)
-        self._unsent += reply.octets
-
-    def send(self) -> None:
-        """Hand what was said to the system."""
-        if self._unsent:
-            self._writer.write(self._unsent)
-            self._unsent = bytearray()
-
-    async def _flush(self) -> None:
-        """Send the replies, and wait for a client that does not read, before they pile up."""
-        self.send()
-        if self._unwritten():
-            self._waiting_since = self._loop.time()
-            await self._writer.drain()
-            self._waiting_since = None
-
-    def _unwritten(self) -> int:
-        """Octets of replies that the system did not take, since the client does not read."""
-        try:
-            return self._writer.transport.get_write_buffer_size()
-        except AttributeError:  # TLS of Python 3.10, without its client
-            return 0
-
-    def _watch(self) -> None:
-        """Look whether the client is silent for too long, and when to look again.
-
-        One timer for the whole connection: one for each wait would take a fifth of the time
-        of a session.
-        """
-        now = self._loop.time()
-        end = (now if self._waiting_since is None else self._waiting_since) + IDLE_TIMEOUT
-        if end <= now:
-            self.interrupt(SMTPError(421, "4.4.2", "Silent for too long"))
-            self._waiting_since = now
-            end = now + IDLE_TIMEOUT
-        self._timer = self._loop.call_at(end, self._watch)
+            # The free port of the first address may be in use on the second one.
+            attempts -= 1
+            if not attempts or error.errno != errno.EADDRINUSE:
+                raise
 
 
-def _tls_context(config: Config) -> ssl.SSLContext:
-    """Raises ValueError, with a text that says what is wrong with the certificate."""
+def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket.socket]:
+    """Return a listening socket for each address whose family this machine supports."""
+    sockets: list[socket.socket] = []
+    unsupported = OSError("no address")
+    with contextlib.ExitStack() as on_error:
+        for family, (host, port, *scope) in addresses:
+            if sockets:
+                port = sockets[0].getsockname()[1]
+            try:
+                sock = socket.create_server(
+                    (host, port, *scope), family=family, reuse_port=reuse_port
+                )
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                unsupported = error
+                continue
+            on_error.callback(sock.close)
+            sockets.append(sock)
+        if not sockets:
+            raise unsupported
+        on_error.pop_all()
+    return sockets
+
+
+def make_tls_context(config: Config) -> ssl.SSLContext:
+    """Return a TLS context with the certificate of the config, or with a temporary one.
+
+    Raises ValueError; its text names the file and what is wrong with it.
+    """
     if config.cert is None:
-        return _throw_away_context()
+        return _temporary_certificate()
     return _load_certificate(config.cert, config.key)
 
 
@@ -1899,100 +1976,58 @@ def _load_certificate(
     import ssl
 
     def password() -> str:
-        raise ValueError("the key is encrypted; give one without a passphrase")
+        raise ValueError("the key is encrypted; use a key without a passphrase")
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    names = f"certificate {os.fspath(cert)}" + (f" with key {os.fspath(key)}" if key else "")
+    files = f"certificate {os.fspath(cert)}"
+    if key is not None:
+        files += f" with key {os.fspath(key)}"
     try:
         for path in (cert, key or cert):
-            with open(path, "rb"):  # load_cert_chain does not say which one it cannot read
+            # The errors of load_cert_chain() do not name the file.
+            with open(path, "rb"):
                 pass
         context.load_cert_chain(cert, key, password)
     except ssl.SSLError as error:
         reason = (error.reason or "PEM").replace("_", " ").lower()
-        reason = "no certificate with its key in PEM format" if "pem" in reason else reason
-        raise ValueError(f"cannot use {names}: {reason}") from error
+        if "pem" in reason:
+            reason = "not a certificate and its private key in PEM format"
+        raise ValueError(f"cannot use {files}: {reason}") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot use {names}: {error}") from error
+        raise ValueError(f"cannot use {files}: {error}") from error
     return context
 
 
-# What makes a certificate for this machine, with any OpenSSL or LibreSSL of this decade.
-_OPENSSL = (
+# Works with OpenSSL 1.1.1 and LibreSSL 3.1 or newer.
+OPENSSL_COMMAND = (
     "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30"
     " -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1"
     " -keyout key.pem -out cert.pem"
 )
 
 
-def _throw_away_context() -> ssl.SSLContext:
-    """A certificate that nobody trusts, for clients that do not ask."""
+def _temporary_certificate() -> ssl.SSLContext:
+    """Return a TLS context with a new self-signed certificate for localhost."""
     import subprocess
     import tempfile
 
     with tempfile.TemporaryDirectory() as directory:
         try:
-            subprocess.run(_OPENSSL.split(), cwd=directory, check=True, capture_output=True)
+            subprocess.run(OPENSSL_COMMAND.split(), cwd=directory, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise ValueError(
-                f"cannot make a certificate ({error}); make one where there is OpenSSL, with"
-                f" '{_OPENSSL}', and give it with --cert cert.pem --key key.pem"
+                f"cannot create a certificate ({error}); create one on a machine with OpenSSL,"
+                f" by '{OPENSSL_COMMAND}', and use --cert cert.pem --key key.pem"
             ) from error
         return _load_certificate(f"{directory}/cert.pem", f"{directory}/key.pem")
 
 
-def _address(name: Any) -> str:
-    """A socket's name as ADDRESS:PORT, IPv6 in brackets; a client may be gone already."""
-    if not name:
-        return "unknown:0"
-    host, port = name[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _listen(config: Config) -> list[socket.socket]:
-    """A listening socket for each address of the interface, all at the same port."""
-    # Octets where they will do: to make them of a str loads all of IDNA.
-    host = config.interface.encode() if config.interface.isascii() else config.interface
-    found = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)
-    attempts = 1 if config.port else 20
-    while True:
-        try:
-            return _bind(list(dict.fromkeys(found)), config.reuse_port)
-        except OSError as error:
-            # The free port of the first address can be taken at the second one.
-            attempts -= 1
-            if not attempts or error.errno != errno.EADDRINUSE:
-                raise
-
-
-def _bind(found: list[Any], reuse_port: bool) -> list[socket.socket]:
-    """Sockets for what getaddrinfo found; a family that this machine lacks is left out."""
-    sockets: list[socket.socket] = []
-    with contextlib.ExitStack() as undo:
-        absent = OSError("no address")
-        for family, _, _, _, (host, port, *scope) in found:
-            name = (host, sockets[0].getsockname()[1] if sockets else port, *scope)
-            try:
-                sock = socket.create_server(name, family=family, reuse_port=reuse_port)
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                absent = error
-            else:
-                undo.callback(sock.close)
-                sockets.append(sock)
-        if not sockets:
-            raise absent
-        undo.pop_all()
-    return sockets
-
-
-# --- Capture --------------------------------------------------------------------------
+# --- Testing --------------------------------------------------------------------------
 
 
 class Inbox:
-    """The messages that a server of capture() has taken; for use from any thread."""
+    """The messages that a server of capture() has accepted; all methods are thread-safe."""
 
     def __init__(self) -> None:
         self.host = ""
@@ -2000,23 +2035,23 @@ class Inbox:
         self.port = 0
         """The port to send to."""
         self.url = ""
-        """Both, as "smtp://127.0.0.1:1025"; smtps:// where TLS is implicit."""
+        """Both, such as "smtp://127.0.0.1:1025"; with smtps:// for implicit TLS."""
         self._messages: list[Envelope] = []
         self._changed = threading.Condition()
 
     @property
     def messages(self) -> list[Envelope]:
-        """What has come, the oldest first."""
+        """The accepted messages, oldest first."""
         with self._changed:
             return list(self._messages)
 
     def clear(self) -> None:
-        """Forget what has come."""
+        """Remove all messages from the inbox."""
         with self._changed:
             self._messages.clear()
 
     def add(self, envelope: Envelope) -> None:
-        """Take a message, and tell those who wait for it."""
+        """Add a message, and wake the threads that wait for it."""
         with self._changed:
             self._messages.append(envelope)
             self._changed.notify_all()
@@ -2029,13 +2064,14 @@ class Inbox:
         subject: str | None = None,
         timeout: float = 5.0,
     ) -> Envelope:
-        """The first message that matches, as soon as it is there.
+        """Return the first message that matches, as soon as it has arrived.
 
-        to is one of the recipients, mail_from the sender, and subject a part of the decoded
-        subject. Raises TimeoutError after timeout seconds; it says what came instead.
+        to is one of the recipients, mail_from is the sender, and subject is a part of the
+        decoded subject. Raises TimeoutError after timeout seconds; its text lists the
+        messages that arrived instead.
         """
-        (found,) = self.wait_for(1, to=to, mail_from=mail_from, subject=subject, timeout=timeout)
-        return found
+        (message,) = self.wait_for(1, to=to, mail_from=mail_from, subject=subject, timeout=timeout)
+        return message
 
     def wait_for(
         self,
@@ -2046,76 +2082,73 @@ class Inbox:
         subject: str | None = None,
         timeout: float = 5.0,
     ) -> list[Envelope]:
-        """The first count messages that match, as wait() finds them."""
-        wanted = {"to": to, "mail_from": mail_from, "subject": subject}
+        """Return the first count messages that match, as wait() does for one."""
+        criteria = {"to": to, "mail_from": mail_from, "subject": subject}
 
-        def found() -> list[Envelope]:
-            return [envelope for envelope in self._messages if _matches(envelope, **wanted)][:count]
+        def matching() -> list[Envelope]:
+            matches = [message for message in self._messages if _matches(message, **criteria)]
+            return matches[:count]
 
         with self._changed:
-            self._changed.wait_for(lambda: len(found()) >= count, timeout)
-            if len(matching := found()) >= count:
-                return matching
-            criteria = ", ".join(
-                f"{name} {text!r}" for name, text in wanted.items() if text is not None
-            )
-            came = [f"\n  {_summary(envelope)}" for envelope in self._messages] or [" nothing"]
+            self._changed.wait_for(lambda: len(matching()) >= count, timeout)
+            found = matching()
+            if len(found) >= count:
+                return found
+            arrived = [f"\n  {message.summary()}" for message in self._messages] or [" nothing"]
+        given = [f"{name} {text!r}" for name, text in criteria.items() if text is not None]
         raise TimeoutError(
-            f"{len(matching)} of {count} messages{criteria and ' with ' + criteria}"
-            f" within {timeout} seconds; what came:{''.join(came)}"
+            f"{len(found)} of {count} messages{' with ' if given else ''}{', '.join(given)}"
+            f" within {timeout} seconds; what arrived:{''.join(arrived)}"
         )
 
 
-def _matches(
-    envelope: Envelope, to: str | None, mail_from: str | None, subject: str | None
-) -> bool:
+def _matches(message: Envelope, to: str | None, mail_from: str | None, subject: str | None) -> bool:
     return (
-        (to is None or to in envelope.rcpt_tos)
-        and (mail_from is None or mail_from == envelope.mail_from)
-        and (subject is None or subject in envelope.subject)
+        (to is None or to in message.rcpt_tos)
+        and (mail_from is None or mail_from == message.mail_from)
+        and (subject is None or subject in message.subject)
     )
 
 
 @contextlib.contextmanager
-def capture(
-    *, handler: Callable[[Envelope], object] | None = None, **options: Any
-) -> Iterator[Inbox]:
-    """A server in a thread of its own, for the length of a with block; gives its Inbox.
+def capture(*, handler: Handler | None = None, **options: Any) -> Iterator[Inbox]:
+    """Run a server in a background thread for the block of a with statement; yield its Inbox.
 
-    options are the fields of Config, but that the port is a free one, and that messages are
-    stored only where there is a directory. handler is the deliver of Server. Raises what
-    Server and its start raise.
+    options are the fields of Config. By default, the port is a free one, and messages are
+    kept in memory only; with `directory` they are stored there. handler is that of Server.
+    Raises what Server and Server.start() raise.
     """
     config = replace(Config(port=0), **options)
-    deliver = handler
-    if deliver is None:
-        deliver = _nowhere if config.directory is None else MaildirStore(config.directory).deliver
+    if handler is None and config.directory is None:
+        handler = _discard_message  # the inbox keeps it
     inbox = Inbox()
-    server = Server(config, deliver=deliver, on_message=inbox.add)
-    ready: concurrent.futures.Future[Callable[[], object]] = concurrent.futures.Future()
+    server = Server(config, handler=handler, on_message=inbox.add)
+    # Receives a function that stops the server, or the reason why it does not start.
+    started: concurrent.futures.Future[Callable[[], object]] = concurrent.futures.Future()
 
     async def serve() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
         async with server:
-            ready.set_result(lambda: loop.call_soon_threadsafe(stop.set))
+            started.set_result(lambda: loop.call_soon_threadsafe(stop.set))
             await stop.wait()
-            # The test was told of a message before the client was.
-            await server.finish(LAST_WORD)
+            # The test gets a message before the client gets its reply.
+            await server.wait_for_clients(QUIT_GRACE)
 
     def run() -> None:
         try:
             asyncio.run(serve())
         except BaseException as error:
-            if ready.done():
+            if started.done():
                 raise
-            ready.set_exception(error)
+            started.set_exception(error)
 
     thread = threading.Thread(target=run, name="dsmtpd", daemon=True)
     thread.start()
     try:
-        stop = ready.result()
+        stop = started.result()
         inbox.host, inbox.port = server.host, server.port
-        inbox.url = f"smtp{'s' * (config.tls == 'implicit')}://{_address(server.listening[0])}"
+        scheme = "smtps" if config.tls == "implicit" else "smtp"
+        inbox.url = f"{scheme}://{format_address(server.addresses[0])}"
         try:
             yield inbox
         finally:
@@ -2124,18 +2157,18 @@ def capture(
         thread.join()
 
 
-async def _nowhere(envelope: Envelope) -> None:
-    """The delivery of a server that only counts."""
+async def _discard_message(envelope: Envelope) -> None:
+    """Handler that does nothing."""
 
 
 def pytest_configure(config: Any) -> None:
-    """Make this module a plug-in of pytest, with the fixture `smtpd`."""
+    """Register the fixture `smtpd`; pytest calls this because the module is a plug-in."""
     import pytest
 
     class Fixtures:
         @pytest.fixture
         def smtpd(self) -> Iterator[Inbox]:
-            """An Inbox of its own for each test, with a server that is ready."""
+            """The Inbox of a server that runs during the test."""
             with capture() as inbox:
                 yield inbox
 
@@ -2146,93 +2179,146 @@ def pytest_configure(config: Any) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong usage is one line; the options are in --help."""
+    """A parser that prints one line for wrong usage; the options are in --help."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line (sys.argv without one); wrong usage ends the program with status 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    at = argv.index("--") if "--" in argv else len(argv)
+    """Parse the command line, by default sys.argv.
+
+    Returns the options, with the Config as `config` and the command after "--" as `command`.
+    Wrong usage ends the program with status 2.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+    end_of_options = argv.index("--") if "--" in argv else len(argv)
+    parser = _make_parser()
+    args = parser.parse_args(argv[:end_of_options])
+    args.auth = dict(args.auth)
+    args.command = argv[end_of_options + 1 :]
+    if end_of_options < len(argv) and not any(args.command[:1]):
+        parser.error("expected a command after --, such as: dsmtpd -p 0 -- pytest")
+    options = vars(args)
+    try:
+        args.config = Config(**{item.name: options[item.name] for item in fields(Config)})
+    except ValueError as error:
+        parser.error(f"argument --{error}")
+    return args
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dsmtpd",
         usage="%(prog)s [options] [-- COMMAND [ARG ...]]",
-        # To ask for the width of the terminal takes 4 ms, at each start.
-        formatter_class=partial(argparse.HelpFormatter, width=80),
-        description="An SMTP server that keeps every message in a Maildir and passes none on."
-        " With a command it serves while the command runs, and ends with its exit status.",
-        epilog="Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage or no"
-        " Maildir, 3 cannot listen there; or that of the command.",
+        description="A local SMTP server that stores every message in a Maildir and never"
+        " delivers it. With a COMMAND, it runs until the command ends.",
+        epilog="Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage or an"
+        " invalid Maildir, 3 cannot listen; with a COMMAND, the exit status of the command.",
         allow_abbrev=False,
     )
-    _add_options(parser)
-    arguments = parser.parse_args(argv[:at])
-    arguments.auth = dict(arguments.auth)
-    arguments.command = argv[at + 1 :]
-    if at < len(argv) and not any(arguments.command[:1]):
-        parser.error("a command is needed behind --, as in: dsmtpd -p 0 -- pytest")
-    options = vars(arguments)
-    try:
-        arguments.config = Config(**{name: options[name] for name in _CONFIG_FIELDS})
-    except ValueError as error:
-        parser.error(f"argument --{error}")
-    return arguments
+    _add_server_options(parser.add_argument_group("server"))
+    _add_tls_options(parser.add_argument_group("TLS and login"))
+    _add_testing_options(parser.add_argument_group("testing"))
+    _add_output_options(parser.add_argument_group("output"))
+    return parser
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    text = "port to listen at; 0 takes a free one (%(default)s)"
-    add("-p", "--port", type=_number, default=Config.port, help=text)
-    text = "address to listen at; a name means every address that it has (%(default)s)"
-    add("-i", "--interface", metavar="ADDRESS", default=Config.interface, help=text)
-    text = "let several servers listen at the same port, each for a share of the clients"
-    add("--reuse-port", action="store_true", help=text)
-    text = "Maildir to save into (the current directory; a temporary one for a command)"
-    add("-d", "--directory", metavar="DIR", help=text)
-    text = "largest message that is accepted; 0 for no limit (%(default)s)"
-    add("-s", "--max-size", metavar="BYTES", type=_number, default=Config.max_size, help=text)
-    text = "refuse addresses and header fields outside ASCII"
-    add("--disable-smtputf8", dest="smtputf8", action="store_false", help=text)
-    text = "TLS, after the STARTTLS command or from the first octet"
-    add("--tls", choices=["starttls", "implicit"], help=text)
-    text = "certificate for --tls (a throw-away one for localhost, made by openssl)"
-    add("--cert", metavar="PEM", help=text)
-    add("--key", metavar="PEM", help="key of the certificate (in the file of the certificate)")
-    text = "only these may log in, and must; repeatable (everybody may, nobody must)"
-    add("--auth", metavar="USER:PASSWORD", type=_account, action="append", default=[], help=text)
-    text = "fail on purpose: 'VERB GLOB [xN] CODE [x.y.z] [text] | delay SECONDS | drop | ok'"
-    add("--fail", metavar="RULE", type=_rule, action="append", default=[], help=text)
-    text = "refuse messages that real servers would mind"
-    add("--strict", action="store_true", help=text)
-    text = "call this with each message instead of storing it"
-    add("--handler", metavar="MODULE:CALLABLE", help=text)
-    output = parser.add_mutually_exclusive_group()
-    text = "print each message to standard output"
-    output.add_argument("--print", action="store_true", help=text)
-    text = "print a JSON object to standard output for each event, one a line"
-    output.add_argument("--json", action="store_true", help=text)
-    text = "stop after N messages; status 1 if fewer came"
-    add("--expect", metavar="N", type=_positive(int), help=text)
-    text = "stop after this time"
-    add("--timeout", metavar="SECONDS", type=_positive(float), help=text)
-    add("-v", "--verbose", action="store_true", help="log every session, as C: and S: lines")
+def _add_server_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "-p", "--port", type=_integer, default=Config.port, help="port; 0 selects a free one (1025)"
+    )
+    add(
+        "-i",
+        "--interface",
+        metavar="ADDRESS",
+        default=Config.interface,
+        help="address, or a name for all of its addresses (127.0.0.1)",
+    )
+    add("--reuse-port", action="store_true", help="share the port with other servers")
+    add("-d", "--directory", metavar="DIR", help="Maildir (the current directory)")
+    add("--handler", metavar="MODULE:CALLABLE", help="call this instead of storing messages")
+    add(
+        "-s",
+        "--max-size",
+        metavar="BYTES",
+        type=_integer,
+        default=Config.max_size,
+        help="maximum size of a message; 0 is no limit (33554432)",
+    )
+    add(
+        "--disable-smtputf8",
+        dest="smtputf8",
+        action="store_false",
+        help="refuse addresses and header fields outside ASCII",
+    )
+
+
+def _add_tls_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--tls", choices=["starttls", "implicit"], help="offer STARTTLS, or start with TLS")
+    add("--cert", metavar="PEM", help="certificate (a temporary one, made by openssl)")
+    add("--key", metavar="PEM", help="private key (in the file of the certificate)")
+    add(
+        "--auth",
+        metavar="USER:PASSWORD",
+        type=_credentials,
+        action="append",
+        default=[],
+        help="require this login; repeatable (any login is accepted)",
+    )
+
+
+def _add_testing_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--fail",
+        metavar="RULE",
+        type=_rule,
+        action="append",
+        default=[],
+        help="'VERB GLOB [xN] ACTION'; ACTION is CODE [x.y.z] [text], delay SECONDS, drop or ok;"
+        " repeatable",
+    )
+    add("--strict", action="store_true", help="reject messages with warnings")
+    add("--expect", metavar="N", type=_positive(int), help="stop after N messages")
+    add("--timeout", metavar="SECONDS", type=_positive(float), help="stop after this time")
+
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    output = group.add_mutually_exclusive_group()
+    output.add_argument("--print", action="store_true", help="print messages")
+    output.add_argument("--json", action="store_true", help="print events, one JSON object a line")
+    add = group.add_argument
+    add("-v", "--verbose", action="store_true", help="log each session as C: and S: lines")
     add("-q", "--quiet", action="store_true", help="log warnings and errors only")
     add("--version", action="version", version=f"dsmtpd {__version__}")
 
 
-def _account(text: str) -> tuple[str, str]:
+def _credentials(text: str) -> tuple[str, str]:
     user, colon, password = text.partition(":")
     if not user or not colon:
         raise argparse.ArgumentTypeError("must be USER:PASSWORD")
     return user, password
 
 
-def _number(text: str) -> int:
+def _integer(text: str) -> int:
     if not re.fullmatch("-?[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError(f"must be a whole number, as 1025, not {text}")
+        raise argparse.ArgumentTypeError(f"must be an integer such as 1025, not {text}")
     return int(text)
+
+
+def _positive(number_type: Callable[[str], float]) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            number = number_type(text)
+            if 0 < number < float("inf"):
+                return number
+        raise argparse.ArgumentTypeError(f"must be a number above 0, such as 10, not {text}")
+
+    return convert
 
 
 def _rule(text: str) -> str:
@@ -2243,47 +2329,38 @@ def _rule(text: str) -> str:
     return text
 
 
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if 0 < kind(text) < float("inf"):
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"must be a number above 0, as 1 or 10, not {text}")
-
-    return convert
-
-
-_CONFIG_FIELDS = [item.name for item in fields(Config)]
-
-
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run the command line program; ends in SystemExit with the exit status.
-
-    A zipapp drops what this returns, so it exits by itself.
-    """
-    # For a handler that imports dsmtpd while the file runs as a script.
+    """Run the program; raises SystemExit with the exit status."""
+    # A handler that imports dsmtpd gets this module, also if it runs as a script.
     sys.modules.setdefault("dsmtpd", sys.modules[__name__])
-    arguments = parse_args(argv)
-    logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
-    # Its warnings are about clients that have gone ahead of their replies.
-    logging.getLogger("asyncio").setLevel(logging.ERROR)
-    log.setLevel(
-        logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO
-    )
-    _allow_open_files(3 * MAX_CONNECTIONS)
-    config: Config = arguments.config
+    args = parse_args(argv)
+    _configure_logging(args)
+    _raise_file_limit(3 * MAX_CONNECTIONS)
     with contextlib.ExitStack() as stack:
-        if arguments.command and config.directory is None and arguments.handler is None:
+        if args.command and args.directory is None and args.handler is None:
             import tempfile
 
-            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
-            arguments.config = replace(config, directory=temporary)
-        status = asyncio.run(_Program(arguments).run())
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
+            args.config = replace(args.config, directory=directory)
+        status = asyncio.run(_Program(args).run())
+    # A zipapp ignores what main() returns.
     sys.exit(status)
 
 
-def _allow_open_files(count: int) -> None:
-    """Sockets and messages at the same time: 1024 on Linux, and 256 on macOS, are too few."""
+def _configure_logging(args: argparse.Namespace) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
+    # Its warnings are about clients that have disconnected before their replies.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    if args.verbose:
+        log.setLevel(logging.DEBUG)
+    elif args.quiet:
+        log.setLevel(logging.WARNING)
+    else:
+        log.setLevel(logging.INFO)
+
+
+def _raise_file_limit(count: int) -> None:
+    """Allow this many open files, or as many as possible. The default of macOS is 256."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -2293,163 +2370,185 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
 
 
-# Seconds between SIGTERM and SIGKILL for a command that runs when the time is over.
-KILL_TIMEOUT = 5.0
-
-
 class _Program:
-    """One run of the program: the server, what it prints, and what ends it."""
+    """One run of the program: the server, its output, and the command after "--"."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self._arguments = arguments
-        self._config: Config = arguments.config
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._config: Config = args.config
         self._stop = asyncio.Event()
-        self._came = 0
+        self._received = 0
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> int:
-        """Serve until it is over; returns the exit status."""
+        """Run until the program is stopped; return the exit status."""
         try:
-            deliver, storing = self._delivery()
-            given = self._arguments
-            watched = any((given.expect, given.json, given.print))
-            on_message = self._on_message if watched else None
-            server = Server(self._config, deliver=deliver, on_message=on_message)
-        except (OSError, ValueError, mailbox.Error) as error:
+            handler = _load_handler(self._args.handler) if self._args.handler else None
+        except ValueError as error:
             log.error("Cannot start: %s", error)
             return 2
         try:
-            await server.start(_activated())
-        except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
-            where = self._config.interface, self._config.port
-            log.error("Cannot listen at %s, port %s: %s", *where, error)
+            sockets = _systemd_sockets() or listen(self._config)
+        except (OSError, ValueError) as error:
+            interface, port = self._config.interface, self._config.port
+            log.error("Cannot listen on %s, port %s: %s", interface, port, error)
             return 3
+        server = Server(self._config, handler=handler, on_message=self._on_message)
+        try:
+            await server.start(sockets)
+        except (OSError, ValueError, mailbox.Error) as error:
+            log.error("Cannot start: %s", error)
+            return 2
         _on_signals(self._on_signal)
-        self._announce(server, storing)
-        run = self._run_command if self._arguments.command else self._wait
-        status = await run(server)
+        self._announce(server)
+        if self._args.command:
+            status = await self._run_command(server)
+        else:
+            status = await self._wait(server)
         log.info("Cleaning up")
         await server.close()
-        expected = self._arguments.expect or 0
-        return status or int(self._came < expected or (expected > 0 and server.refused > 0))
+        return status or self._expectation_status(server)
 
-    def _delivery(self) -> tuple[Callable[[Envelope], object], list[str]]:
-        """Where the messages go, and the lines of the log about it."""
-        name = self._arguments.handler
-        if name is not None:
-            return _load_handler(name), [f"Handing the incoming emails to {name}"]
-        store = MaildirStore(self._config.directory)
-        return store.deliver, [
-            f"Storing the incoming emails into {store.directory}",
-            f"Found a Maildir storage with {len(store)} mails",
-        ]
+    def _expectation_status(self, server: Server) -> int:
+        expected = self._args.expect
+        if expected is None:
+            return 0
+        return 1 if self._received < expected or server.rejected_messages else 0
 
-    def _announce(self, server: Server, storing: list[str]) -> None:
-        for name in server.listening:
-            log.info("Starting dsmtpd %s at %s", __version__, _address(name))
-        for line in storing:
-            log.info("%s", line)
-        if self._arguments.json:
-            for host, port in server.listening:
+    def _announce(self, server: Server) -> None:
+        for address in server.addresses:
+            log.info("Starting dsmtpd %s at %s", __version__, format_address(address))
+        if server.store is None:
+            log.info("Handing the incoming emails to %s", self._args.handler)
+        else:
+            log.info("Storing the incoming emails into %s", server.store.path)
+            log.info("Found a Maildir storage with %s mails", server.store.count())
+        if self._args.json:
+            for host, port in server.addresses:
                 _print_event("listening", host=host, port=port, version=__version__)
 
     def _on_message(self, envelope: Envelope) -> None:
-        self._came += 1
-        if self._came == self._arguments.expect and not self._arguments.command:
+        self._received += 1
+        if self._received == self._args.expect and not self._args.command:
             self._stop.set()
-        if self._arguments.json:
+        if self._args.json:
             _print_event("message", **_as_json(envelope))
-        if self._arguments.print:
+        if self._args.print:
             _print(_as_text(envelope))
 
     def _on_signal(self, number: int) -> None:
-        """The first signal ends what runs, the second one does not ask."""
-        again = self._stop.is_set()
+        """Stop at the first signal, and end the program or kill the command at the second."""
+        repeated = self._stop.is_set()
         self._stop.set()
         if self._process is not None:
-            _signal_command(self._process, "SIGKILL" if again else signal.Signals(number).name)
-        elif again and not self._arguments.command:  # which has a directory to remove
+            name = "SIGKILL" if repeated else signal.Signals(number).name
+            _signal_command(self._process, name)
+        elif repeated and not self._args.command:  # a command has a directory to remove
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     async def _wait(self, server: Server) -> int:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), self._arguments.timeout)
-        if self._came >= (self._arguments.expect or float("inf")):
-            await server.finish(STOP_TIMEOUT)  # who has sent the last one will say QUIT
+            await asyncio.wait_for(self._stop.wait(), self._args.timeout)
+        if self._args.expect is not None and self._received >= self._args.expect:
+            await server.wait_for_clients(STOP_TIMEOUT)  # until they have sent QUIT
         return 0
 
     async def _run_command(self, server: Server) -> int:
-        """Run the command while the server listens; returns its exit status, as a shell."""
-        command = self._arguments.command
-        environment = {**os.environ, **self._environment(server)}
+        """Run the command while the server listens; return its exit status as a shell does."""
+        command = self._args.command
         try:
-            # In a session of its own its processes, but for daemons, can be reached at once.
+            # With a session of its own, its processes are signalled together.
             process = await asyncio.create_subprocess_exec(
-                *command, env=environment, start_new_session=True
+                *command, env={**os.environ, **self._environment(server)}, start_new_session=True
             )
         except OSError as error:
             log.error("Cannot run %s: %s", command[0], error)
             return 127
-        if self._stop.is_set():  # by a signal that came meanwhile
+        if self._stop.is_set():  # by a signal that arrived before the command was started
             _signal_command(process, "SIGTERM")
         self._process = process
-        ended = asyncio.ensure_future(process.wait())
-        for name, seconds in (("SIGTERM", self._arguments.timeout), ("SIGKILL", KILL_TIMEOUT)):
-            if (await asyncio.wait([ended], timeout=seconds))[0]:
-                break
-            log.warning("The time is over: %s for %s", name, command[0])
-            _signal_command(process, name)
-        status = await ended
+        await self._limit_time(process)
+        status = await process.wait()
         self._process = None
-        _signal_command(process, "SIGKILL")  # what it has left behind
+        _signal_command(process, "SIGKILL")  # the processes that it left running
         return status if status >= 0 else 128 - status
 
+    async def _limit_time(self, process: asyncio.subprocess.Process) -> None:
+        """Wait until the process ends; after --timeout, end it."""
+        ended = asyncio.ensure_future(process.wait())
+        for seconds, name in [(self._args.timeout, "SIGTERM"), (KILL_TIMEOUT, "SIGKILL")]:
+            await asyncio.wait([ended], timeout=seconds)
+            if ended.done():
+                return
+            log.warning("Timeout: sending %s to %s", name, self._args.command[0])
+            _signal_command(process, name)
+        await ended
+
     def _environment(self, server: Server) -> dict[str, str]:
-        """What tells the command where to send, and where to look."""
+        """Return the environment variables that tell the command where to send messages."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
-        found = {"SMTP_HOST": host, "SMTP_PORT": str(server.port)}
-        if self._arguments.handler is None:
-            found["DSMTPD_MAILDIR"] = os.path.abspath(self._config.directory or ".")
-        return found
+        env = {"SMTP_HOST": host, "SMTP_PORT": str(server.port)}
+        if server.store is not None:
+            env["DSMTPD_MAILDIR"] = str(server.store.path)
+        return env
 
 
-def _activated() -> list[socket.socket]:
-    """The listening sockets that systemd passes (sd_listen_fds(3)), and nobody else's."""
-    ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
-    count = int(os.environ.pop("LISTEN_FDS", "0")) if ours else 0
+def _systemd_sockets() -> list[socket.socket]:
+    """Return the listening sockets that systemd passes to this process (sd_listen_fds(3))."""
+    is_for_us = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
+    count = int(os.environ.pop("LISTEN_FDS", "0"))
+    if not is_for_us:
+        return []
     sockets = [socket.socket(fileno=3 + number) for number in range(count)]
     for sock in sockets:
         sock.set_inheritable(False)  # not for the command
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            raise OSError("LISTEN_FDS has a socket that is not for TCP")
+            raise OSError("LISTEN_FDS has a socket that is not a TCP socket")
     return sockets
 
 
-def _load_handler(name: str) -> Callable[[Envelope], object]:
-    """The callable of --handler. Raises ValueError that says what is wrong with the name."""
+def _load_handler(name: str) -> Handler:
+    """Return the callable MODULE:CALLABLE. Raises ValueError if there is none."""
     module_name, _, path = name.partition(":")
     if not module_name or not path:
-        raise ValueError(f"--handler {name}: must be MODULE:CALLABLE, as in my_file:my_function")
+        raise ValueError(f"--handler {name}: must be MODULE:CALLABLE, such as my_file:my_function")
     sys.path.insert(0, os.getcwd())
     try:
-        handler: Callable[[Envelope], object] = operator.attrgetter(path)(
-            importlib.import_module(module_name)
-        )
-    except (Exception, SystemExit) as error:  # the module is the user's, and may do anything
+        module = importlib.import_module(module_name)
+        handler: Handler = operator.attrgetter(path)(module)
+    except (Exception, SystemExit) as error:  # the module may raise anything
         raise ValueError(f"--handler {name}: {type(error).__name__}: {error}") from error
     if not callable(handler):
-        raise ValueError(f"--handler {name}: {path} cannot be called; name a function")
+        raise ValueError(f"--handler {name}: {path} is not callable")
     return handler
 
 
 def _signal_command(process: asyncio.subprocess.Process, name: str) -> None:
-    """Send a signal to all processes of the command; Windows knows only the first one."""
+    """Send a signal to all processes of the command; on Windows, kill the first one."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if os.name == "posix":
             os.killpg(process.pid, signal.Signals[name])
         else:
             process.kill()
+
+
+def _on_signals(callback: Callable[[int], object]) -> None:
+    """Call callback(number) in the running event loop at Ctrl-C, SIGTERM and SIGHUP."""
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(callback, number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
+        number = signal.Signals.__members__.get(name)
+        # nohup makes the program ignore SIGHUP.
+        if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+            continue
+        try:
+            loop.add_signal_handler(number, callback, number)
+        except NotImplementedError:  # on Windows
+            signal.signal(number, on_signal)
 
 
 def _print_event(event: str, **values: object) -> None:
@@ -2459,6 +2558,8 @@ def _print_event(event: str, **values: object) -> None:
 
 
 def _as_json(envelope: Envelope) -> dict[str, object]:
+    """Return the values of a message event."""
+    path = envelope.path and os.fsencode(envelope.path).decode("utf-8", "replace")
     return {
         "time": envelope.received.isoformat(),
         "peer": envelope.peer,
@@ -2472,19 +2573,20 @@ def _as_json(envelope: Envelope) -> dict[str, object]:
         "subject": envelope.subject,
         "size": len(envelope.content),
         "warnings": envelope.warnings,
-        "path": envelope.path and os.fsencode(envelope.path).decode("utf-8", "replace"),
+        "path": path,
     }
 
 
 def _as_text(envelope: Envelope) -> str:
-    """The message for the eye; what would move the cursor or colour the screen is escaped."""
+    """Return the message for a terminal, with control characters escaped."""
+    content = envelope.content.decode("utf-8", "backslashreplace").replace("\r\n", "\n")
     lines = [
         f"X-Peer: {envelope.peer}",
         f"X-MailFrom: {envelope.mail_from}",
         f"X-RcptTo: {', '.join(envelope.rcpt_tos)}",
-        *envelope.content.decode("utf-8", "backslashreplace").replace("\r\n", "\n").split("\n"),
+        *content.split("\n"),
     ]
-    text = "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
+    text = "\n".join("\t".join(map(escape_unprintable, line.split("\t"))) for line in lines)
     return (
         "---------- MESSAGE FOLLOWS ----------\n"
         + text.rstrip("\n")
@@ -2493,34 +2595,15 @@ def _as_text(envelope: Envelope) -> str:
 
 
 def _print(text: str) -> None:
-    """Write to standard output at once; where nobody reads it any more, do without."""
-    if sys.stdout is None:  # closed from the start
+    """Write to standard output and flush it; stop writing if nobody reads it."""
+    if sys.stdout is None:  # it was closed before the program started
         return
-    encoding = sys.stdout.encoding
     try:
-        sys.stdout.buffer.write(text.encode(encoding, "backslashreplace"))
+        sys.stdout.buffer.write(text.encode(sys.stdout.encoding, "backslashreplace"))
         sys.stdout.buffer.flush()
     except OSError as error:
         log.warning("Cannot write to standard output: %s", error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _on_signals(act: Callable[[int], object]) -> None:
-    """Call act in the running loop, with the number, at Ctrl-C and at SIGTERM."""
-    loop = asyncio.get_running_loop()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(act, number)
-
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
-        number = signal.Signals.__members__.get(name)
-        # nohup has SIGHUP ignored, and it stays so.
-        if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-            continue
-        try:
-            loop.add_signal_handler(number, act, number)
-        except NotImplementedError:  # on Windows, where signal.signal wakes the loop as well
-            signal.signal(number, on_signal)
 
 
 if __name__ == "__main__":
