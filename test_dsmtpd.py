@@ -40,17 +40,17 @@ from dsmtpd import Config, Envelope, Reply, Server, SMTPError
 HERE = Path(__file__).parent
 SCRIPT = HERE / "dsmtpd.py"
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=timezone.utc)
-# A header section that there is nothing to say against.
+# A header section without warnings.
 CLEAN = "From: <a@b>\r\nDate: Sat, 21 Nov 2026 12:00:00 +0000\r\nMessage-ID: <1@b>\r\n"
 OPENSSL = pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 
 
-# --- A session, driven by hand ---------------------------------------------------------
+# --- Session without a socket ----------------------------------------------------------
 
 
 class Client:
-    """Drives a Session as the server does, with a deliver that keeps the envelopes."""
+    """Drive a Session without a socket, accept every message and collect the envelopes."""
 
     def __init__(self, config: Config | None = None, **options: Any) -> None:
         self.session = dsmtpd.Session(config or Config(**options), "127.0.0.1:54321")
@@ -58,7 +58,7 @@ class Client:
         self.greeting = self.send(b"")
 
     def send(self, data: bytes) -> bytes:
-        """The replies to these octets."""
+        """Return the replies to the data."""
         replies = b""
         for action in self.session.receive(data, NOW.timestamp()):
             if isinstance(action, dsmtpd.Deliver):
@@ -71,13 +71,13 @@ class Client:
         return replies
 
     def codes(self, *lines: str) -> str:
-        """The code of the reply to each line, "-" where there is none."""
+        """Return the reply code of each line, or "-" for a line without a reply."""
         replies = [self.send(line.encode() + b"\r\n").decode() for line in lines]
         return " ".join(reply.splitlines()[-1][:3] if reply else "-" for reply in replies)
 
 
-def patient(client: Client) -> list[Envelope]:
-    """The envelopes without the one warning that depends on how the octets were sent."""
+def without_early_talker(client: Client) -> list[Envelope]:
+    """Return the envelopes without early-talker, which depends on how the input is split."""
     return [
         dataclasses.replace(
             envelope,
@@ -87,8 +87,8 @@ def patient(client: Client) -> list[Envelope]:
     ]
 
 
-def ready(**options: Any) -> Client:
-    """A client in the middle of a session, with a sender and a recipient."""
+def client_with_recipient(**options: Any) -> Client:
+    """Return a client that has sent EHLO, MAIL and RCPT."""
     client = Client(**options)
     assert client.codes("EHLO app.test", "MAIL FROM:<a@x.test>", "RCPT TO:<b@y.test>") == (
         "250 250 250"
@@ -96,8 +96,10 @@ def ready(**options: Any) -> Client:
     return client
 
 
-# --- Dialogues: C: is what the client sends, with Python's escapes, S: the reply ----------
+# --- Dialogues ----------------------------------------------------------------------------
 
+# S: is a line of the reply, C: a line from the client (with Python's escape sequences), and N: the
+# same with LF as line end.
 EHLO = r"""
 C: EHLO app.test
 S: 250-HOST
@@ -114,7 +116,7 @@ S: 250 AUTH PLAIN LOGIN
 """
 
 DIALOGUES = {
-    "one message": rf"""
+    "message after EHLO": rf"""
 S: 220 HOST ESMTP dsmtpd VERSION
 {EHLO}
 C: MAIL FROM:<app@example.com> SIZE=100 BODY=8BITMIME
@@ -132,7 +134,7 @@ C: QUIT
 S: 221 2.0.0 Bye
 C: NOOP
 """,
-    "HELO speaks plain SMTP": r"""
+    "message after HELO": r"""
 S: 220 HOST ESMTP dsmtpd VERSION
 C: helo app
 S: 250 HOST
@@ -145,7 +147,7 @@ S: 354 End data with <CR><LF>.<CR><LF>
 C: .
 S: 250 2.0.0 Message accepted
 """,
-    "an error changes nothing else": r"""
+    "errors keep the transaction": r"""
 S: 220 HOST ESMTP dsmtpd VERSION
 C: HELO app
 S: 250 HOST
@@ -167,7 +169,7 @@ C: text
 C: .
 S: 250 2.0.0 Message accepted
 """,
-    "a person with netcat": r"""
+    "lines that end with LF": r"""
 S: 220 HOST ESMTP dsmtpd VERSION
 N: HELO me
 S: 250 HOST
@@ -185,7 +187,7 @@ S: 250 2.0.0 Message accepted
 N: QUIT
 S: 221 2.0.0 Bye
 """,
-    "help lists what is served": r"""
+    "HELP lists the commands": r"""
 S: 220 HOST ESMTP dsmtpd VERSION
 C: HELP
 S: 214-2.0.0 Commands:
@@ -277,7 +279,7 @@ S: 552 5.3.4 Message exceeds the maximum size
 C: QUIT
 C: .
 """,
-    "a browser": r"""
+    "HTTP request": r"""
 S: 220 HOST ESMTP dsmtpd VERSION
 C: POST / HTTP/1.1
 S: 421 4.7.0 HTTP request refused
@@ -287,8 +289,8 @@ C: RCPT TO:<b@y>
 }
 
 
-def units(dialogue: str) -> Iterator[tuple[bytes, bytes]]:
-    """Pairs of what the client sends and what the server answers to it; N: ends with LF."""
+def exchanges(dialogue: str) -> Iterator[tuple[bytes, bytes]]:
+    """Yield each line of the client with the replies to it; the first pair is the greeting."""
     sent = b""
     replies = b""
     for line in dialogue.strip().splitlines():
@@ -309,23 +311,24 @@ def units(dialogue: str) -> Iterator[tuple[bytes, bytes]]:
 
 @pytest.mark.parametrize("name", DIALOGUES)
 def test_dialogue(name: str) -> None:
-    """The same, line by line, byte by byte, and all at once, as a client that pipelines."""
-    pairs = list(units(DIALOGUES[name]))
+    """The replies are the same line by line, byte by byte and all at once (pipelining)."""
+    pairs = list(exchanges(DIALOGUES[name]))
     by_line = Client()
     assert by_line.greeting == pairs[0][1]
     for sent, replies in pairs[1:]:
         assert by_line.send(sent) == replies, sent
-    octets = b"".join(sent for sent, _ in pairs)
+    data = b"".join(sent for sent, _ in pairs)
     expected = b"".join(replies for _, replies in pairs[1:])
-    at_once, by_byte = Client(), Client()
-    assert at_once.send(octets) == expected
-    assert b"".join(by_byte.send(bytes([octet])) for octet in octets) == expected
-    assert patient(by_line) == patient(at_once) == patient(by_byte)
+    all_at_once, by_byte = Client(), Client()
+    assert all_at_once.send(data) == expected
+    assert b"".join(by_byte.send(bytes([byte])) for byte in data) == expected
+    envelopes = without_early_talker(by_line)
+    assert envelopes == without_early_talker(all_at_once) == without_early_talker(by_byte)
 
 
 # --- Commands ---------------------------------------------------------------------------
 
-# State by command: the code of the reply.
+# The reply code of each command (row) in each state (column).
 MATRIX = """
             start  helo  ehlo  mail  rcpt
 EHLO x      250    250   250   250   250
@@ -372,6 +375,7 @@ PATCH /     421    421   421   421   421
 PRI *       421    421   421   421   421
 Host: x     421    421   421   421   421
 """
+# The commands that lead to each state.
 STATES = {
     "start": [],
     "helo": ["HELO x"],
@@ -381,7 +385,7 @@ STATES = {
 }
 
 
-def matrix() -> Iterator[tuple[str, str, str]]:
+def matrix_cells() -> Iterator[tuple[str, str, str]]:
     head, *rows = MATRIX.strip().splitlines()
     for row in rows:
         command = row[:12].strip().replace(" F", " FROM:<a@x>").replace(" T", " TO:<b@y>")
@@ -389,15 +393,15 @@ def matrix() -> Iterator[tuple[str, str, str]]:
             yield state, command, code
 
 
-@pytest.mark.parametrize(("state", "command", "code"), list(matrix()))
+@pytest.mark.parametrize(("state", "command", "code"), list(matrix_cells()))
 def test_command_in_state(state: str, command: str, code: str) -> None:
     client = Client()
     client.codes(*STATES[state])
     assert client.codes(command) == code
 
 
-def test_what_is_said_after_each_command() -> None:
-    """An error, NOOP, VRFY and HELP keep the transaction; RSET, EHLO and HELO drop it."""
+def test_transaction_after_command() -> None:
+    """Errors, NOOP, VRFY and HELP keep the transaction; RSET, EHLO and HELO abort it."""
     for command in (
         "XYZZY",
         "NOOP",
@@ -408,17 +412,17 @@ def test_what_is_said_after_each_command() -> None:
         "EHLO",
         "QUIT x",
     ):
-        client = ready()
+        client = client_with_recipient()
         client.codes(command)
         assert client.codes("DATA") == "354", command
     for command in ("RSET", "EHLO x", "HELO x"):
-        client = ready()
+        client = client_with_recipient()
         client.codes(command)
         assert client.codes("RCPT TO:<b@y>", "MAIL FROM:<a@x>") == "503 250", command
 
 
 @pytest.mark.parametrize(
-    ("line", "reply"),
+    ("line", "expected"),
     [
         ("ehlo under_score", "250"),
         ("EHLO [127.0.0.1]", "250"),
@@ -438,14 +442,15 @@ def test_what_is_said_after_each_command() -> None:
         ("VRFY", "501 5.5.4"),
     ],
 )
-def test_command_line(line: str, reply: str) -> None:
-    answer = Client().send(line.encode() + b"\r\n").decode().splitlines()[-1]
-    assert answer.startswith(reply), answer
+def test_command_syntax(line: str, expected: str) -> None:
+    reply = Client().send(line.encode() + b"\r\n").decode().splitlines()[-1]
+    assert reply.startswith(expected), reply
 
 
 # --- Addresses and parameters -------------------------------------------------------------
 
-ACCEPTED = {
+# The path in the command, and the mailbox in the envelope.
+VALID_PATHS = {
     "<a@b>": "a@b",
     "<a.b-c+d=e@x-y.example>": "a.b-c+d=e@x-y.example",
     "<!#$%&'*+-/=?^_`{|}~@x>": "!#$%&'*+-/=?^_`{|}~@x",
@@ -463,7 +468,8 @@ ACCEPTED = {
     " <a@b>": "a@b",
     f"<{'a' * 300}@{'b' * 300}>": f"{'a' * 300}@{'b' * 300}",
 }
-REFUSED = {
+# The path, and the enhanced status code; BAD is 5.1.7 for MAIL and 5.1.3 for RCPT.
+INVALID_PATHS = {
     "a@b": "5.5.4",
     "": "5.5.4",
     "<a@b": "5.5.4",
@@ -501,28 +507,28 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("path", ACCEPTED)
-def test_address_accepted(path: str) -> None:
+@pytest.mark.parametrize("path", VALID_PATHS)
+def test_valid_path(path: str) -> None:
     client = Client()
     assert client.codes("EHLO x", f"MAIL FROM:{path}", f"RCPT TO:{path}") == "250 250 250"
     assert client.codes("DATA", ".") == "354 250"
-    assert client.envelopes[0].mail_from == ACCEPTED[path]
-    assert client.envelopes[0].rcpt_tos == [ACCEPTED[path]]
+    assert client.envelopes[0].mail_from == VALID_PATHS[path]
+    assert client.envelopes[0].rcpt_tos == [VALID_PATHS[path]]
 
 
-@pytest.mark.parametrize("path", REFUSED)
-def test_address_refused(path: str) -> None:
+@pytest.mark.parametrize("path", INVALID_PATHS)
+def test_invalid_path(path: str) -> None:
     client = Client()
     client.codes("EHLO x")
     reply = client.send(f"MAIL FROM:{path} SMTPUTF8\r\n".encode()).decode()
-    assert reply.startswith("501 " + REFUSED[path].replace("BAD", "5.1.7")), reply
+    assert reply.startswith("501 " + INVALID_PATHS[path].replace("BAD", "5.1.7")), reply
     client.codes("MAIL FROM:<> SMTPUTF8")
     reply = client.send(f"RCPT TO:{path}\r\n".encode()).decode()
-    assert reply.startswith("501 " + REFUSED[path].replace("BAD", "5.1.3")), reply
+    assert reply.startswith("501 " + INVALID_PATHS[path].replace("BAD", "5.1.3")), reply
 
 
 @pytest.mark.parametrize("address", ["é@x.test", "a@bücher.test", '"é x"@x.test', "用户@例子.广告"])
-def test_address_outside_ascii(address: str) -> None:
+def test_non_ascii_address(address: str) -> None:
     client = Client()
     assert client.codes("EHLO x", f"MAIL FROM:<{address}>") == "250 553"
     assert client.codes("MAIL FROM:<a@b>", f"RCPT TO:<{address}>", "RSET") == "250 553 250"
@@ -532,7 +538,7 @@ def test_address_outside_ascii(address: str) -> None:
     assert client.envelopes[0].protocol == "UTF8SMTP"
 
 
-def test_address_that_is_not_utf8() -> None:
+def test_address_with_invalid_utf8() -> None:
     client = Client()
     client.codes("EHLO x")
     for parameter in (b"", b" SMTPUTF8"):
@@ -578,18 +584,18 @@ PARAMETERS = [
 ]
 
 
-@pytest.mark.parametrize(("verb", "parameters", "reply"), PARAMETERS)
-def test_parameters(verb: str, parameters: str, reply: str) -> None:
+@pytest.mark.parametrize(("verb", "parameters", "expected"), PARAMETERS)
+def test_parameters(verb: str, parameters: str, expected: str) -> None:
     client = Client()
     client.codes("EHLO x")
     if verb == "RCPT":
         client.codes("MAIL FROM:<a@b>")
     path = "FROM:<a@b>" if verb == "MAIL" else "TO:<c@d>"
-    answer = client.send(f"{verb} {path} {parameters}\r\n".encode()).decode()
-    assert answer.startswith(reply), answer
+    reply = client.send(f"{verb} {path} {parameters}\r\n".encode()).decode()
+    assert reply.startswith(expected), reply
 
 
-def test_parameters_are_recorded() -> None:
+def test_parameters_in_envelope() -> None:
     client = Client()
     client.codes(
         "EHLO x", "MAIL FROM:<a@b> size=3  SMTPUTF8 RET=FULL", "RCPT TO:<c@d> NOTIFY=NEVER"
@@ -599,7 +605,7 @@ def test_parameters_are_recorded() -> None:
     assert client.envelopes[0].rcpt_options == [{"NOTIFY": "NEVER"}, {}]
 
 
-def test_parameters_need_ehlo() -> None:
+def test_parameters_require_ehlo() -> None:
     client = Client()
     assert client.codes("HELO x", "MAIL FROM:<a@b> SIZE=1", "MAIL FROM:<a@b>") == "250 555 250"
     assert client.codes("RCPT TO:<c@d> NOTIFY=NEVER", "RCPT TO:<c@d>  ") == "555 250"
@@ -612,7 +618,7 @@ def test_without_smtputf8() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "content", "reply"),
+    ("body", "content", "expected"),
     [
         ("7BIT", "Subject: a\r\n\r\nb", "250 2.0.0"),
         ("7BIT", "Subject: é\r\n\r\nb", "554 5.6.7"),
@@ -623,11 +629,11 @@ def test_without_smtputf8() -> None:
         ("7BIT", "\r\né", "554 5.6.1"),
     ],
 )
-def test_content_without_smtputf8(body: str, content: str, reply: str) -> None:
+def test_content_without_smtputf8(body: str, content: str, expected: str) -> None:
     client = Client(smtputf8=False)
     client.codes("EHLO x", f"MAIL FROM:<a@b> BODY={body}", "RCPT TO:<c@d>", "DATA")
-    answer = client.send(content.encode() + b"\r\n.\r\n").decode()
-    assert answer.startswith(reply), answer
+    reply = client.send(content.encode() + b"\r\n.\r\n").decode()
+    assert reply.startswith(expected), reply
     assert client.codes("MAIL FROM:<a@b>") == "250"
 
 
@@ -646,8 +652,8 @@ CONTENTS = [
     bytes(range(256)) * 40 + b"\r\n",
     b"\r\r\r\n.\n.\r.\r\n",
 ]
-# Every mixture that some server took for the end of the content (SMTP smuggling).
-LOOK_ALIKES = [
+# Sequences that some servers accept as the end of the content (SMTP smuggling).
+NOT_TERMINATORS = [
     b"\n.\n",
     b"\n.\r\n",
     b"\r.\r",
@@ -665,8 +671,8 @@ LOOK_ALIKES = [
 ]
 
 
-def stuffed(content: bytes, eol: bytes = b"\r\n") -> bytes:
-    """RFC 5321 section 4.5.2, said in another way than the server says it."""
+def dot_stuffed(content: bytes, eol: bytes = b"\r\n") -> bytes:
+    """Stuff the dots and append the terminator (RFC 5321 section 4.5.2)."""
     return (
         eol.join(b"." + line if line.startswith(b".") else line for line in content.split(eol))
         + b"."
@@ -675,48 +681,46 @@ def stuffed(content: bytes, eol: bytes = b"\r\n") -> bytes:
 
 
 @pytest.mark.parametrize("content", CONTENTS, ids=range(len(CONTENTS)))
-def test_content_arrives_to_the_byte(content: bytes) -> None:
-    octets = stuffed(content) + b"NOOP\r\n"
+def test_content_is_unchanged(content: bytes) -> None:
+    data = dot_stuffed(content) + b"NOOP\r\n"
     generator = random.Random(1)
-    for _ in range(200 if len(octets) < 20_000 else 10):
-        client = ready()
+    for _ in range(200 if len(data) < 20_000 else 10):
+        client = client_with_recipient()
         client.codes("DATA")
         replies = b""
-        rest = octets
-        while rest:
-            cut = generator.choice([1, 2, 3, 5, 100, 100_000])
-            replies += client.send(rest[:cut])
-            rest = rest[cut:]
+        remaining = data
+        while remaining:
+            size = generator.choice([1, 2, 3, 5, 100, 100_000])
+            replies += client.send(remaining[:size])
+            remaining = remaining[size:]
         assert replies == b"250 2.0.0 Message accepted\r\n250 2.0.0 OK\r\n"
         assert client.envelopes[0].content == content
 
 
-@pytest.mark.parametrize("text", LOOK_ALIKES)
-def test_nothing_else_ends_a_message(text: bytes) -> None:
-    octets = b"one" + text + b"MAIL FROM:<smuggled@x>\r\n"
-    for size in (1, len(octets)):
-        client = ready()
+@pytest.mark.parametrize("text", NOT_TERMINATORS)
+def test_other_sequences_do_not_end_content(text: bytes) -> None:
+    data = b"one" + text + b"MAIL FROM:<smuggled@x>\r\n"
+    for size in (1, len(data)):
+        client = client_with_recipient()
         client.codes("DATA")
-        for at in range(0, len(octets), size):
-            assert client.send(octets[at : at + size]) == b""
+        for i in range(0, len(data), size):
+            assert client.send(data[i : i + size]) == b""
         assert client.send(b".\r\n") == b"250 2.0.0 Message accepted\r\n"
-        # A dot in front of anything but the line end is dot-stuffing.
-        assert client.envelopes[0].content == octets.replace(b"\r\n.", b"\r\n")
+        # The server removes a leading dot that is not part of the terminator.
+        assert client.envelopes[0].content == data.replace(b"\r\n.", b"\r\n")
 
 
 @pytest.mark.parametrize("cut", range(1, 8))
-def test_terminator_split_anywhere(cut: int) -> None:
-    client = ready()
+def test_split_terminator(cut: int) -> None:
+    client = client_with_recipient()
     client.codes("DATA")
-    octets = b"ab\r\n.\r\n"
-    assert (
-        client.send(octets[:cut]) + client.send(octets[cut:]) == b"250 2.0.0 Message accepted\r\n"
-    )
+    data = b"ab\r\n.\r\n"
+    assert client.send(data[:cut]) + client.send(data[cut:]) == b"250 2.0.0 Message accepted\r\n"
     assert client.envelopes[0].content == b"ab\r\n"
 
 
-def test_content_after_a_bare_lf() -> None:
-    client = ready()
+def test_content_after_data_with_bare_lf() -> None:
+    client = client_with_recipient()
     assert client.send(b"DATA\n").startswith(b"354")
     assert client.send(b"a\r\n.\r\n..b\n.\r\nc\r\n.") == b""
     assert client.send(b"\n") == b"250 2.0.0 Message accepted\r\n"
@@ -724,7 +728,7 @@ def test_content_after_a_bare_lf() -> None:
 
 
 def test_envelope() -> None:
-    client = ready()
+    client = client_with_recipient()
     client.codes("DATA", "Subject: Hi", "From: <a@x>", "Date: now", ".")
     assert client.envelopes == [
         Envelope(
@@ -768,9 +772,9 @@ SUBJECTS = {
 
 @pytest.mark.parametrize("content", SUBJECTS)
 def test_subject(content: bytes) -> None:
-    client = ready()
+    client = client_with_recipient()
     client.codes("DATA")
-    client.send(stuffed(content + b"\r\n"))
+    client.send(dot_stuffed(content + b"\r\n"))
     assert client.envelopes[0].subject == SUBJECTS[content]
 
 
@@ -781,7 +785,7 @@ def b64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
-# What the client sends after EHLO, and the last code; with "user" and "secret" as account.
+# Lines after EHLO, and the last reply code: if any account is valid, and if only user:secret is.
 LOGINS = [
     (["AUTH PLAIN " + b64("\0user\0secret")], "235", "235"),
     (["AUTH PLAIN", b64("\0user\0secret")], "235", "235"),
@@ -816,9 +820,9 @@ LOGINS = [
 ]
 
 
-@pytest.mark.parametrize(("lines", "anybody", "account"), LOGINS)
-def test_auth(lines: list[str], anybody: str, account: str) -> None:
-    for auth, code in (({}, anybody), ({"user": "secret"}, account)):
+@pytest.mark.parametrize(("lines", "any_account", "one_account"), LOGINS)
+def test_auth(lines: list[str], any_account: str, one_account: str) -> None:
+    for auth, code in (({}, any_account), ({"user": "secret"}, one_account)):
         client = Client(auth=auth)
         assert client.codes("EHLO x", *lines).split()[-1] == code
         if code != "334":
@@ -826,7 +830,7 @@ def test_auth(lines: list[str], anybody: str, account: str) -> None:
             assert client.codes("MAIL FROM:<a@b>") == reply
 
 
-def test_user_is_recorded() -> None:
+def test_user_in_envelope() -> None:
     client = Client()
     client.codes("EHLO x", "AUTH PLAIN " + b64("\0jürgen\0secret"))
     client.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", ".")
@@ -834,7 +838,7 @@ def test_user_is_recorded() -> None:
     assert client.envelopes[0].protocol == "ESMTPA"
 
 
-def test_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_secrets_are_masked_in_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", "dsmtpd")
     client = Client(auth={"user": "sesame"})
     secrets = [b64("\0user\0sesame"), b64("user"), b64("sesame"), b64("\0user\0sesame!")]
@@ -850,7 +854,7 @@ def test_no_secret_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
         assert word in caplog.text
 
 
-def test_starttls_starts_again() -> None:
+def test_session_after_starttls() -> None:
     client = Client(tls="starttls", auth={"user": "secret"})
     assert client.send(b"STARTTLS\r\nEHLO evil\r\nMAIL FROM:<a@b>\r\n") == (
         b"220 2.0.0 Ready to start TLS\r\n<StartTLS()>\r\n"
@@ -867,8 +871,8 @@ def test_starttls_starts_again() -> None:
     assert client.envelopes[0].tls
 
 
-def test_starttls_forgets_what_was_before() -> None:
-    client = ready(tls="starttls")
+def test_starttls_discards_transaction_and_user() -> None:
+    client = client_with_recipient(tls="starttls")
     assert b"250-STARTTLS\r\n" in client.send(b"EHLO x\r\n")
     client.codes("AUTH PLAIN " + b64("\0user\0secret"), "MAIL FROM:<a@b>", "RCPT TO:<c@d>")
     assert client.codes("STARTTLS now", "DATA", ".") == "501 354 250"
@@ -877,40 +881,40 @@ def test_starttls_forgets_what_was_before() -> None:
     assert client.session.user is None
 
 
-def test_implicit_tls_is_tls_from_the_start() -> None:
-    client = ready(tls="implicit")
+def test_session_with_implicit_tls() -> None:
+    client = client_with_recipient(tls="implicit")
     assert client.codes("STARTTLS", "DATA", ".") == "503 354 250"
     assert client.envelopes[0].protocol == "ESMTPS"
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
-def test_chunks_arrive_to_the_octet(size: int) -> None:
+def test_bdat_content_is_unchanged(size: int) -> None:
     binary = bytes(range(256)) + b"\r\n.\r\n..\r\n\n.\n"
     client = Client()
     client.codes("EHLO x", "MAIL FROM:<a@b> BODY=BINARYMIME", "RCPT TO:<c@d>")
     assert client.codes("DATA") == "503"
-    octets = b"BDAT %d\r\n%bBDAT 0\r\nBDAT 1\r\n.NOOP\r\nBDAT 3 LAST\r\nabcQUIT\r\n"
-    octets %= (len(binary), binary)
-    replies = b"".join(client.send(octets[at : at + size]) for at in range(0, len(octets), size))
+    data = b"BDAT %d\r\n%bBDAT 0\r\nBDAT 1\r\n.NOOP\r\nBDAT 3 LAST\r\nabcQUIT\r\n"
+    data %= (len(binary), binary)
+    replies = b"".join(client.send(data[i : i + size]) for i in range(0, len(data), size))
     assert [line[:3] for line in replies.splitlines()] == [b"250"] * 5 + [b"221"]
     assert client.envelopes[0].content == binary + b".abc"
     assert client.envelopes[0].mail_options == {"BODY": "BINARYMIME"}
 
 
-def test_chunks_count_together() -> None:
-    client = ready(max_size=10)
+def test_bdat_chunks_share_size_limit() -> None:
+    client = client_with_recipient(max_size=10)
     assert client.send(b"BDAT 6\r\n123456BDAT 5\r\nQUIT\nBDAT 4 LAST\r\nNOOPNOOP\r\n") == (
         b"250 2.0.0 OK\r\n"
         b"552 5.3.4 Message exceeds the maximum size\r\n"
         b"503 5.5.1 Send MAIL and RCPT first\r\n"
         b"250 2.0.0 OK\r\n"
     )
-    client = ready(max_size=10)
+    client = client_with_recipient(max_size=10)
     assert client.send(b"BDAT 6\r\n123456BDAT 4 LAST\r\n7890").endswith(b"Message accepted\r\n")
 
 
-def test_chunks_and_the_quota() -> None:
-    client = ready()
+def test_bdat_with_insufficient_storage() -> None:
+    client = client_with_recipient()
     client.session._shared = shared = dsmtpd.SharedState(Config(), 100)
     assert client.send(b"BDAT 99\r\n" + b"x" * 99) == b"250 2.0.0 OK\r\n"
     assert (
@@ -921,8 +925,8 @@ def test_chunks_and_the_quota() -> None:
 
 
 @pytest.mark.parametrize("argument", ["", "-1", "x", " 6", "9" * 21])
-def test_bdat_without_a_size(argument: str) -> None:
-    client = ready()
+def test_bdat_size_syntax(argument: str) -> None:
+    client = client_with_recipient()
     reply = "501 250" if argument.strip() != "6" else "- 250"
     assert client.codes(f"BDAT {argument}", "NOOP") == reply
 
@@ -930,13 +934,13 @@ def test_bdat_without_a_size(argument: str) -> None:
 @pytest.mark.parametrize(
     "argument", ["6 2", "6LAST", "6 LAST x", "6\tLAST", "0" * 30 + "6 l\u017fst"]
 )
-def test_bdat_with_a_size(argument: str) -> None:
-    """The octets are swallowed all the same."""
-    client = ready()
+def test_bdat_with_invalid_arguments(argument: str) -> None:
+    """The server discards the chunk."""
+    client = client_with_recipient()
     assert client.codes(f"BDAT {argument}", "QUIT", "NOOP", "DATA") == "501 - 250 503"
 
 
-def test_binary_content_is_stored_as_it_came(tmp_path: Path) -> None:
+def test_binary_content_is_stored_unchanged(tmp_path: Path) -> None:
     store = dsmtpd.MaildirStore(tmp_path)
     binary = b"Content-Transfer-Encoding: binary\r\n\r\n\x00\r\n\xff"
     for body, content in (("BINARYMIME", binary), ("8BITMIME", binary.replace(b"\r\n", b"\n"))):
@@ -948,23 +952,23 @@ def test_binary_content_is_stored_as_it_came(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "reply"), [(98, b"250"), (99, b"552 5.3.4"), (300_000, b"552 5.3.4")]
+    ("size", "expected"), [(98, b"250"), (99, b"552 5.3.4"), (300_000, b"552 5.3.4")]
 )
-def test_message_size(size: int, reply: bytes) -> None:
-    client = ready(max_size=100)
+def test_message_size(size: int, expected: bytes) -> None:
+    client = client_with_recipient(max_size=100)
     assert client.codes("DATA") == "354"
-    octets = b".." + b"x" * (size - 1) + b"\r\n.\r\nNOOP\r\n"
-    for chunk in (octets[:90], octets[90:200], octets[200:]):
-        answer = client.send(chunk)
-        if answer:
+    data = b".." + b"x" * (size - 1) + b"\r\n.\r\nNOOP\r\n"
+    for chunk in (data[:90], data[90:200], data[200:]):
+        reply = client.send(chunk)
+        if reply:
             break
-    assert answer.startswith(reply)
-    assert answer.endswith(b"250 2.0.0 OK\r\n")
-    assert len(client.envelopes) == (reply == b"250")
+    assert reply.startswith(expected)
+    assert reply.endswith(b"250 2.0.0 OK\r\n")
+    assert len(client.envelopes) == (expected == b"250")
 
 
-def test_rejected_content_is_never_read_as_commands() -> None:
-    client = ready(max_size=10)
+def test_rejected_content_is_not_parsed_as_commands() -> None:
+    client = client_with_recipient(max_size=10)
     client.codes("DATA")
     assert client.send(b"QUIT\r\n" * 100) == b""
     assert client.codes(".", "NOOP") == "552 250"
@@ -976,7 +980,7 @@ def test_no_size_limit() -> None:
     assert client.codes("MAIL FROM:<a@b> SIZE=99999999999999999999") == "250"
 
 
-def test_recipients() -> None:
+def test_recipient_limit() -> None:
     client = Client()
     client.codes("EHLO x", "MAIL FROM:<a@b>")
     replies = client.send(b"".join(b"RCPT TO:<u%d@x>\r\n" % n for n in range(1001))).splitlines()
@@ -986,7 +990,7 @@ def test_recipients() -> None:
     assert client.envelopes[0].rcpt_tos == [f"u{n}@x" for n in range(1000)]
 
 
-def test_addresses_have_a_limit_as_well() -> None:
+def test_recipient_size_limit() -> None:
     client = Client()
     client.codes("EHLO x", "MAIL FROM:<a@b>")
     codes = client.codes(*(f"RCPT TO:<{'x' * 12_000}{n}@y>" for n in range(50))).split()
@@ -995,9 +999,9 @@ def test_addresses_have_a_limit_as_well() -> None:
     assert len(client.envelopes[0].rcpt_tos) == 43
 
 
-def test_content_held_by_all_sessions() -> None:
+def test_content_limit_of_all_sessions() -> None:
     shared = dsmtpd.SharedState(Config(), 1000)
-    clients = [ready(), ready()]
+    clients = [client_with_recipient(), client_with_recipient()]
     for client in clients:
         client.session._shared = shared
         client.codes("DATA")
@@ -1013,7 +1017,7 @@ def test_content_held_by_all_sessions() -> None:
     assert shared.reserved == 0
 
 
-def test_errors_in_a_row() -> None:
+def test_consecutive_errors() -> None:
     client = Client()
     assert client.codes(*["XYZZY"] * 20, "NOOP") == "500 " * 20 + "250"
     assert client.codes(*["XYZZY"] * 21, "NOOP") == "500 " * 20 + "421 -"
@@ -1022,20 +1026,20 @@ def test_errors_in_a_row() -> None:
 @pytest.mark.parametrize("size", [1, 1000, 100_000])
 def test_long_line(size: int) -> None:
     client = Client()
-    octets = b"NOOP " + b"x" * (12_288 - 7) + b"\r\nNOOP " + b"x" * (12_288 - 6) + b"\r\nNOOP\r\n"
-    replies = b"".join(client.send(octets[at : at + size]) for at in range(0, len(octets), size))
+    data = b"NOOP " + b"x" * (12_288 - 7) + b"\r\nNOOP " + b"x" * (12_288 - 6) + b"\r\nNOOP\r\n"
+    replies = b"".join(client.send(data[i : i + size]) for i in range(0, len(data), size))
     assert replies == b"250 2.0.0 OK\r\n500 5.5.2 Line too long\r\n250 2.0.0 OK\r\n"
 
 
 @pytest.mark.parametrize("size", [1, 1000, 100_000])
-def test_long_line_after_a_refusing_greeting(size: int) -> None:
+def test_long_line_after_rejecting_greeting(size: int) -> None:
     client = Client(fail=["CONNECT * 554"])
-    octets = b"NOOP " + b"x" * 12_288 + b"\r\nNOOP\r\nQUIT\r\n"
-    replies = b"".join(client.send(octets[at : at + size]) for at in range(0, len(octets), size))
+    data = b"NOOP " + b"x" * 12_288 + b"\r\nNOOP\r\nQUIT\r\n"
+    replies = b"".join(client.send(data[i : i + size]) for i in range(0, len(data), size))
     assert [line[:3] for line in replies.splitlines()] == [b"500", b"503", b"221"]
 
 
-def test_a_gigabyte_without_a_line_end() -> None:
+def test_memory_of_endless_line() -> None:
     client = Client()
     chunk = b"x" * dsmtpd.READ_SIZE
     tracemalloc.start()
@@ -1048,8 +1052,8 @@ def test_a_gigabyte_without_a_line_end() -> None:
     assert client.codes("", "NOOP") == "500 250"
 
 
-def test_memory_of_a_large_message() -> None:
-    client = ready()
+def test_memory_of_large_message() -> None:
+    client = client_with_recipient()
     client.codes("DATA")
     chunk = (b"x" * 1022 + b"\r\n") * 64
     tracemalloc.start()
@@ -1073,25 +1077,25 @@ def test_memory_of_a_large_message() -> None:
         ({"fail": "RCPT * 550"}, "a list of rules"),
     ],
 )
-def test_config_says_what_is_allowed(options: dict[str, Any], text: str) -> None:
+def test_invalid_config(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Config(**options)
 
 
 @pytest.mark.parametrize("code", [(250, "2.0.0"), (550, "4.0.0"), (550, ""), (600, "6.0.0")])
-def test_error_is_one(code: tuple[int, str]) -> None:
+def test_smtp_error_requires_error_code(code: tuple[int, str]) -> None:
     with pytest.raises(ValueError, match="not an error code"):
         SMTPError(*code, "text")
 
 
-def test_reply_stays_in_its_line() -> None:
+def test_reply_with_line_breaks() -> None:
     assert SMTPError(550, "5.7.1", "no\r\n250 yes é").reply.encoded == b"550 5.7.1 no 250 yes ?\r\n"
     assert Reply(250, "2.0.0", "a\nb").encoded == b"250-2.0.0 a\r\n250 2.0.0 b\r\n"
 
 
-# --- Noise --------------------------------------------------------------------------------
+# --- Random input -------------------------------------------------------------------------
 
-WORDS = [line.split()[0].encode() for line in MATRIX.strip().splitlines()[1:]] + [
+TOKENS = [line.split()[0].encode() for line in MATRIX.strip().splitlines()[1:]] + [
     b" ", b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r", b".", b"\x00", b"\xff", b"\xc3\xa9",
     b"\r\n.\r\n", b" FROM:<a@b>", b" TO:<c@d>", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n",
     b"BDAT 9\r\n", b"BDAT 3 LAST\r\n", b"BDAT 99999999999\r\n", b"AUTH LOGIN\r\n", b"dXNlcg==\r\n",
@@ -1101,34 +1105,34 @@ WORDS = [line.split()[0].encode() for line in MATRIX.strip().splitlines()[1:]] +
 REPLIES = re.compile(rb"(?:(?:[2-5]\d\d-[ -~]*\r\n)*[2-5]\d\d [ -~]*\r\n)*")
 
 
-# A longer run: DSMTPD_FUZZ=10000 python -m pytest -k noise
+# A longer run: DSMTPD_FUZZ=10000 python -m pytest -k random_input
 @pytest.mark.parametrize("seed", range(int(os.environ.get("DSMTPD_FUZZ", "100"))))
-def test_noise(seed: int) -> None:
-    """Whatever comes gets well-formed replies, and the same ones however it is cut.
+def test_random_input(seed: int) -> None:
+    """The replies are well-formed and do not depend on how the input is split.
 
-    But for STARTTLS, which throws away what came together with it.
+    The comparison excludes STARTTLS, because the server discards input that is pipelined after it.
     """
     generator = random.Random(seed)
     options: dict[str, Any] = {"max_size": 20_000, "tls": generator.choice([None, "implicit"])}
-    octets = b"".join(generator.choices(WORDS, k=200))
-    whole, cut = Client(**options), Client(**options)
-    replies = whole.send(octets)
+    data = b"".join(generator.choices(TOKENS, k=200))
+    whole, split = Client(**options), Client(**options)
+    replies = whole.send(data)
     assert REPLIES.fullmatch(replies)
     pieces = b""
-    rest = octets
-    while rest:
+    remaining = data
+    while remaining:
         size = generator.randint(1, generator.choice([2, 400]))
-        pieces += cut.send(rest[:size])
-        rest = rest[size:]
+        pieces += split.send(remaining[:size])
+        remaining = remaining[size:]
     assert pieces == replies
-    assert patient(cut) == patient(whole)
-    assert REPLIES.fullmatch(Client(tls="starttls").send(octets).replace(b"<StartTLS()>\r\n", b""))
+    assert without_early_talker(split) == without_early_talker(whole)
+    assert REPLIES.fullmatch(Client(tls="starttls").send(data).replace(b"<StartTLS()>\r\n", b""))
 
 
-# --- Failures on purpose --------------------------------------------------------------------
+# --- Scripted failures ----------------------------------------------------------------------
 
 MESSAGE = ["MAIL FROM:<app@x.test>", "RCPT TO:<you@y.test>", "DATA", "Subject: An Invoice", "."]
-# Rules, what is sent, and what is answered.
+# Rules, lines of the client, and reply codes.
 FAILURES: list[tuple[list[str], list[str], str]] = [
     (["RCPT *@bounce.test 550 5.1.1 No such user"], MESSAGE[:2], "250 250"),
     (["RCPT *@Y.test 550 5.1.1 No such user"], MESSAGE[:2], "250 550"),
@@ -1174,26 +1178,26 @@ def test_rules(rules: list[str], lines: list[str], codes: str) -> None:
 
 
 @pytest.mark.parametrize("verb", dsmtpd.RULE_VERBS)
-def test_each_stage_can_drop_and_delay(verb: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_drop_and_delay_for_each_verb(verb: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "dsmtpd")
-    octets = b"HELO x\r\nEHLO x\r\nNOOP\r\nVRFY x\r\nHELP\r\nAUTH PLAIN AHUAcA==\r\n"
-    octets += b"MAIL FROM:<a@b>\r\nRSET\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT 1\r\nxRSET\r\n"
-    octets += b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n.\r\nSTARTTLS x\r\nQUIT\r\n"
-    usual = Client()
-    expected = usual.greeting + usual.send(octets)
+    data = b"HELO x\r\nEHLO x\r\nNOOP\r\nVRFY x\r\nHELP\r\nAUTH PLAIN AHUAcA==\r\n"
+    data += b"MAIL FROM:<a@b>\r\nRSET\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT 1\r\nxRSET\r\n"
+    data += b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n.\r\nSTARTTLS x\r\nQUIT\r\n"
+    normal = Client()
+    expected = normal.greeting + normal.send(data)
     delayed = Client(fail=[f"{verb} * delay 1.5", f"{verb} * x1 delay 2"])
-    replies = delayed.greeting + delayed.send(octets)
+    replies = delayed.greeting + delayed.send(data)
     first, *rest = replies.split(b"<Delay(seconds=1.5)>\r\n")
     assert rest
     assert replies.count(b"<Delay(seconds=2.0)>\r\n") == 1
     assert re.sub(rb"<Delay.*>\r\n", b"", replies) == expected
     assert f"rule {verb} * delay 1.5" in caplog.text
     dropped = Client(fail=[f"{verb} * drop"])
-    replies = dropped.greeting + dropped.send(octets)
+    replies = dropped.greeting + dropped.send(data)
     assert replies.partition(b"<Close()>\r\n")[0] == first
 
 
-def test_the_greeting_can_refuse() -> None:
+def test_rejecting_greeting() -> None:
     client = Client(fail=["CONNECT 127.0.0.1 554 5.7.1 Go away"])
     assert client.greeting == b"554 5.7.1 Go away\r\n"
     lines = ["EHLO x", "MAIL FROM:<a@b>", "NOOP " + "x" * 20_000, "NOOP", "QUIT", "QUIT"]
@@ -1202,7 +1206,7 @@ def test_the_greeting_can_refuse() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "place"),
+    ("rule", "error"),
     [
         ("", " >>>nothing<<< expected CONNECT, a command"),
         ("RCTP * 550", " >>>RCTP * 550<<< expected CONNECT, a command"),
@@ -1218,16 +1222,16 @@ def test_the_greeting_can_refuse() -> None:
         ("RCPT * x2", "RCPT * x2 >>>nothing<<< expected a code"),
     ],
 )
-def test_rules_that_do_not_parse(rule: str, place: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(place)):
+def test_invalid_rule(rule: str, error: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(error)):
         dsmtpd.parse_rule(rule)
 
 
-def test_stages_are_the_commands() -> None:
+def test_rule_verbs_are_the_commands() -> None:
     assert sorted(dsmtpd.RULE_VERBS) == sorted(["CONNECT", ".", *dsmtpd._COMMANDS])
 
 
-def test_counts_are_for_all_sessions_and_delays_for_one() -> None:
+def test_rule_counts_are_shared_and_delays_are_not() -> None:
     rules = ["RCPT * x1 450", "NOOP * delay 0.3", "NOOP slow delay 60", "VRFY * drop"]
 
     async def scenario() -> None:
@@ -1235,12 +1239,12 @@ def test_counts_are_for_all_sessions_and_delays_for_one() -> None:
             slow, fast = await Peer.connect(server), await Peer.connect(server)
             for peer in (slow, fast):
                 await peer.reply()
-                await peer.ask("EHLO x")
-                await peer.ask("MAIL FROM:<a@b>")
-            assert (await slow.ask("RCPT TO:<c@d>")).startswith("450 4.0.0 Scripted failure")
-            assert (await fast.ask("RCPT TO:<c@d>")).startswith("250")
-            waiting = asyncio.create_task(slow.ask("NOOP"))
-            assert (await fast.ask("RSET")).startswith("250")
+                await peer.exchange("EHLO x")
+                await peer.exchange("MAIL FROM:<a@b>")
+            assert (await slow.exchange("RCPT TO:<c@d>")).startswith("450 4.0.0 Scripted failure")
+            assert (await fast.exchange("RCPT TO:<c@d>")).startswith("250")
+            waiting = asyncio.create_task(slow.exchange("NOOP"))
+            assert (await fast.exchange("RSET")).startswith("250")
             assert not waiting.done()
             assert (await waiting).startswith("250")
             fast.writer.write(b"RSET\r\nVRFY x\r\n")
@@ -1257,9 +1261,9 @@ def test_counts_are_for_all_sessions_and_delays_for_one() -> None:
     run(scenario)
 
 
-# --- The lint -------------------------------------------------------------------------------
+# --- Warnings -------------------------------------------------------------------------------
 
-# Parameters of MAIL, the content, and the names of the warnings.
+# Parameters of MAIL, content, and names of the warnings.
 LINT: list[tuple[str, str, str]] = [
     ("", CLEAN + "\r\nText\r\n", ""),
     ("", CLEAN, ""),
@@ -1292,8 +1296,8 @@ def test_lint(parameters: str, content: str, names: str) -> None:
     for strict in (False, True):
         client = Client(strict=strict)
         client.codes("EHLO x", f"MAIL FROM:<a@b> {parameters}", "RCPT TO:<c@d>")
-        octets = content.encode()
-        reply = client.send(b"BDAT %d LAST\r\n%b" % (len(octets), octets)).decode()
+        data = content.encode()
+        reply = client.send(b"BDAT %d LAST\r\n%b" % (len(data), data)).decode()
         if strict and names:
             assert reply.startswith(f"554 5.6.0 {names.split()[0]}: ")
             assert client.envelopes == []
@@ -1305,7 +1309,7 @@ def test_lint(parameters: str, content: str, names: str) -> None:
 
 
 def warnings_of(*chunks: bytes) -> list[str]:
-    """The warnings about a clean message that is sent in these pieces."""
+    """Return the warnings about a message that is sent in these chunks."""
     client = Client()
     for chunk in chunks:
         client.send(chunk.replace(b"CLEAN", CLEAN.encode() + b"\r\n"))
@@ -1313,21 +1317,21 @@ def warnings_of(*chunks: bytes) -> list[str]:
     return envelope.warnings
 
 
-def test_lint_of_commands() -> None:
-    hello, mail = b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
-    assert warnings_of(hello, mail + b"DATA\r\n", b"CLEAN.\r\n") == []
-    assert warnings_of(hello, mail + b"BDAT 0 LAST\r\nQUIT\r\n")[0].startswith("missing-date")
+def test_lint_of_command_lines() -> None:
+    ehlo, mail = b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
+    assert warnings_of(ehlo, mail + b"DATA\r\n", b"CLEAN.\r\n") == []
+    assert warnings_of(ehlo, mail + b"BDAT 0 LAST\r\nQUIT\r\n")[0].startswith("missing-date")
     early = "early-talker: data was sent before the reply to {} (RFC 2920 section 3.1)"
-    assert warnings_of(hello + mail, b"DATA\r\n", b"CLEAN.\r\n") == [early.format("EHLO")]
+    assert warnings_of(ehlo + mail, b"DATA\r\n", b"CLEAN.\r\n") == [early.format("EHLO")]
     assert warnings_of(b"HELO x\r\n" + mail, b"DATA\r\n", b"CLEAN.\r\n") == [early.format("HELO")]
-    assert warnings_of(hello, mail + b"DATA\r\nCLEAN.\r\n") == [early.format("DATA")]
-    assert warnings_of(hello, b"RSET\n", mail + b"DATA\r\n", b"CLEAN.\r\n") == [
+    assert warnings_of(ehlo, mail + b"DATA\r\nCLEAN.\r\n") == [early.format("DATA")]
+    assert warnings_of(ehlo, b"RSET\n", mail + b"DATA\r\n", b"CLEAN.\r\n") == [
         "bare-lf: LF without CR after a command (RFC 5321 section 2.3.8)"
     ]
 
 
 def test_lint_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    client = ready()
+    client = client_with_recipient()
     client.codes("DATA", *CLEAN.split("\r\n")[:2], ".")
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         (
@@ -1341,7 +1345,7 @@ def test_lint_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def envelope(**changes: Any) -> Envelope:
-    client = ready()
+    client = client_with_recipient()
     client.codes("DATA", "Subject: Hi", "", "Text", ".")
     return dataclasses.replace(client.envelopes[0], **changes)
 
@@ -1372,34 +1376,34 @@ def test_trace_header() -> None:
         ["😀" * 500 + "@y"],
     ],
 )
-def test_trace_header_gives_every_address_back(rcpt_tos: list[str]) -> None:
+def test_trace_header_contains_every_address(rcpt_tos: list[str]) -> None:
     changes = {"mail_from": rcpt_tos[0], "rcpt_tos": rcpt_tos, "helo": "h" * 12_000}
-    octets = dsmtpd.trace_header(envelope(**changes), "KEY")
-    assert max(map(len, octets.splitlines())) < 998
-    message = email.message_from_bytes(octets + b"X-Last: 1\n\n")
+    data = dsmtpd.trace_header(envelope(**changes), "KEY")
+    assert max(map(len, data.splitlines())) < 998
+    message = email.message_from_bytes(data + b"X-Last: 1\n\n")
     assert message.keys() == [
         "Return-Path", "X-Peer", "X-MailFrom", "X-RcptTo", "Received", "X-Last"
     ]  # fmt: skip
     unfolded = re.sub(r"\n(?= )", "", message["X-RcptTo"])
-    ((found, charset),) = email.header.decode_header(unfolded)
-    found = found.decode(charset or "ascii") if isinstance(found, bytes) else found
-    assert found == ", ".join(rcpt_tos)
+    ((decoded, charset),) = email.header.decode_header(unfolded)
+    decoded = decoded.decode(charset or "ascii") if isinstance(decoded, bytes) else decoded
+    assert decoded == ", ".join(rcpt_tos)
 
 
-def test_nothing_ends_a_field_early() -> None:
+def test_trace_header_with_unsafe_helo() -> None:
     client = Client()
     client.codes("EHLO evil);X-Bad:1", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", ".")
     text = dsmtpd.trace_header(client.envelopes[0], "KEY").decode()
     assert "from evil??X-Bad:1 (" in text
 
 
-def test_what_is_in_the_file(tmp_path: Path) -> None:
+def test_stored_file(tmp_path: Path) -> None:
     store = dsmtpd.MaildirStore(tmp_path / "deep" / "mail")
     content = b"Subject: Hi\r\n\r\n8-bit \xff, bare \r, bare \n, \x00\r\n\r\r\nno end"
     path = store.deliver(envelope(content=content))
     assert path.parent == tmp_path / "deep" / "mail" / "new"
-    octets = path.read_bytes()
-    header, _, rest = octets.partition(b"Subject: ")
+    data = path.read_bytes()
+    header, _, rest = data.partition(b"Subject: ")
     assert header == dsmtpd.trace_header(envelope(), path.name)
     assert b"Subject: " + rest == content.replace(b"\r\n", b"\n")
     assert list((tmp_path / "deep" / "mail" / "tmp").iterdir()) == []
@@ -1407,7 +1411,7 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     assert message["X-Peer"] == "127.0.0.1:54321"
 
 
-def test_many_threads_and_stores(tmp_path: Path) -> None:
+def test_concurrent_deliveries(tmp_path: Path) -> None:
     stores = [dsmtpd.MaildirStore(tmp_path / "mail") for _ in range(2)]
     threads = [
         threading.Thread(target=lambda store=store: [store.deliver(envelope()) for _ in range(50)])
@@ -1420,7 +1424,7 @@ def test_many_threads_and_stores(tmp_path: Path) -> None:
     assert stores[0].count() == 200
 
 
-def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maildir_creation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def folders(path: Path) -> set[str]:
         return {entry.name for entry in path.iterdir()}
 
@@ -1441,12 +1445,15 @@ def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert folders(tmp_path / "other") == {"file", "cur", "new", "tmp"}
 
 
-def break_tmp(mail: Path) -> Callable[[], None]:
+# Each of these damages a Maildir, and returns the function that repairs it.
+
+
+def remove_tmp(mail: Path) -> Callable[[], None]:
     (mail / "tmp").rmdir()
     return (mail / "tmp").mkdir
 
 
-def break_new(mail: Path) -> Callable[[], None]:
+def replace_new(mail: Path) -> Callable[[], None]:
     (mail / "new").rmdir()
     (mail / "new").touch()
 
@@ -1457,7 +1464,7 @@ def break_new(mail: Path) -> Callable[[], None]:
     return repair
 
 
-def break_all(mail: Path) -> Callable[[], None]:
+def remove_maildir(mail: Path) -> Callable[[], None]:
     shutil.rmtree(mail)
 
     def repair() -> None:
@@ -1466,11 +1473,11 @@ def break_all(mail: Path) -> Callable[[], None]:
     return repair
 
 
-@pytest.mark.parametrize("fault", [break_tmp, break_new, break_all])
-def test_storage_fault(fault: Callable[[Path], Callable[[], None]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [remove_tmp, replace_new, remove_maildir])
+def test_storage_error(damage: Callable[[Path], Callable[[], None]], tmp_path: Path) -> None:
     mail = tmp_path / "mail"
     store = dsmtpd.MaildirStore(mail)
-    repair = fault(mail)
+    repair = damage(mail)
     with pytest.raises(SMTPError) as caught:
         store.deliver(envelope())
     assert caught.value.reply == Reply(451, "4.3.0", "Cannot store the message, try again later")
@@ -1480,11 +1487,11 @@ def test_storage_fault(fault: Callable[[Path], Callable[[], None]], tmp_path: Pa
     assert store.count() == 1
 
 
-# --- The server, on sockets ---------------------------------------------------------------
+# --- Server -------------------------------------------------------------------------------
 
 
 class Peer:
-    """A client on a socket, inside the loop of a test."""
+    """An asyncio client on a socket."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -1495,20 +1502,22 @@ class Peer:
         return cls(*await asyncio.open_connection(host or server.host, server.port))
 
     async def reply(self) -> str:
+        """Return the last line of the next reply."""
         while (line := (await self.reader.readline()).decode())[3:4] == "-":
             pass
         return line.rstrip("\r\n")
 
-    async def ask(self, text: str) -> str:
-        self.writer.write(text.encode() + b"\r\n")
+    async def exchange(self, line: str) -> str:
+        """Send a line, and return the last line of the reply."""
+        self.writer.write(line.encode() + b"\r\n")
         return await self.reply()
 
     async def send_mail(self, fields: str = "Subject: Hi") -> str:
-        await self.ask("EHLO x")
-        await self.ask("MAIL FROM:<a@b>")
-        await self.ask("RCPT TO:<c@d>")
-        await self.ask("DATA")
-        return await self.ask(f"{CLEAN}{fields}\r\n.")
+        await self.exchange("EHLO x")
+        await self.exchange("MAIL FROM:<a@b>")
+        await self.exchange("RCPT TO:<c@d>")
+        await self.exchange("DATA")
+        return await self.exchange(f"{CLEAN}{fields}\r\n.")
 
     async def close(self) -> None:
         self.writer.close()
@@ -1520,7 +1529,7 @@ def run(scenario: Callable[[], Any]) -> None:
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
-def test_server_in_the_loop(tmp_path: Path) -> None:
+def test_server(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with Server(port=0, directory=tmp_path / "mail") as server:
             peer = await Peer.connect(server)
@@ -1547,7 +1556,7 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
-def test_ipv6_and_names_with_several_addresses() -> None:
+def test_ipv6_and_host_name() -> None:
     envelopes: list[Envelope] = []
 
     async def scenario() -> None:
@@ -1558,7 +1567,7 @@ def test_ipv6_and_names_with_several_addresses() -> None:
             assert (await peer.send_mail()).startswith("250")
             await peer.close()
         async with Server(interface="localhost", port=0, handler=envelopes.append) as server:
-            for host in {found[4][0] for found in socket.getaddrinfo("localhost", 0)}:
+            for host in {info[4][0] for info in socket.getaddrinfo("localhost", 0)}:
                 peer = await Peer.connect(server, str(host))
                 await peer.reply()
                 await peer.close()
@@ -1568,56 +1577,56 @@ def test_ipv6_and_names_with_several_addresses() -> None:
     assert b"from x ([::1]) by" in dsmtpd.trace_header(envelopes[0], "KEY")
 
 
-def test_what_deliver_may_do(caplog: pytest.LogCaptureFixture) -> None:
+def test_handler_results(caplog: pytest.LogCaptureFixture) -> None:
     async def accept(envelope: Envelope) -> None:
         await asyncio.sleep(0)
 
-    async def refuse(envelope: Envelope) -> None:
+    async def reject(envelope: Envelope) -> None:
         raise SMTPError(554, "5.6.0", "Refused")
 
-    def shut(envelope: Envelope) -> None:
+    def close_connection(envelope: Envelope) -> None:
         raise SMTPError(421, "4.3.2", "Gone")
 
     assert replies_with(accept) == ["250 2.0.0 Message accepted", "250 2.0.0 OK"]
-    assert replies_with(refuse) == ["554 5.6.0 Refused", "250 2.0.0 OK"]
-    assert replies_with(shut) == ["421 4.3.2 Gone", ""]
+    assert replies_with(reject) == ["554 5.6.0 Refused", "250 2.0.0 OK"]
+    assert replies_with(close_connection) == ["421 4.3.2 Gone", ""]
     assert not caplog.records
 
 
-@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     "error",
     [
         RuntimeError("secret detail"),
         StopIteration("too few"),
         SystemExit("over"),
-        pytest.fail.Exception("unexpected mail"),  # which is no Exception
+        pytest.fail.Exception("unexpected mail"),  # not an Exception
     ],
     ids=repr,
 )
-def test_what_deliver_may_raise(
-    error: BaseException, later: bool, caplog: pytest.LogCaptureFixture
+def test_handler_exceptions(
+    error: BaseException, asynchronous: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(envelope: Envelope) -> None:
         raise error
 
-    async def fail_later(envelope: Envelope) -> None:
+    async def fail_async(envelope: Envelope) -> None:
         raise error
 
-    replies = replies_with(fail_later if later else fail)
+    replies = replies_with(fail_async if asynchronous else fail)
     assert replies == ["451 4.3.0 Cannot accept the message, try again later", "250 2.0.0 OK"]
     assert str(error) in caplog.text
 
 
-def replies_with(deliver: Callable[[Envelope], object]) -> list[str]:
-    """The replies to the end of the content and to NOOP."""
+def replies_with(handler: Callable[[Envelope], object]) -> list[str]:
+    """Return the replies to the content and to NOOP."""
     replies = []
 
     async def scenario() -> None:
-        async with Server(port=0, handler=deliver) as server:
+        async with Server(port=0, handler=handler) as server:
             peer = await Peer.connect(server)
             await peer.reply()
-            replies.extend([await peer.send_mail(), await peer.ask("NOOP")])
+            replies.extend([await peer.send_mail(), await peer.exchange("NOOP")])
             await peer.close()
 
     run(scenario)
@@ -1625,7 +1634,7 @@ def replies_with(deliver: Callable[[Envelope], object]) -> list[str]:
 
 
 @OPENSSL
-def test_closing_ends_a_tls_session_that_has_failed() -> None:
+def test_close_after_failed_tls_session() -> None:
     def send(port: int) -> ssl.SSLSocket:
         plain = socket.create_connection(("127.0.0.1", port))
         client = ssl._create_unverified_context().wrap_socket(plain)
@@ -1641,24 +1650,24 @@ def test_closing_ends_a_tls_session_that_has_failed() -> None:
 
         server = Server(port=0, tls="implicit", handler=print, on_message=fail)
         await server.start()
-        with await asyncio.to_thread(send, server.port):  # which never says goodbye
+        with await asyncio.to_thread(send, server.port):  # it sends no close_notify
             await failed.wait()
             await asyncio.wait_for(server.close(), 10)
 
     run(scenario)
 
 
-def test_a_slow_disk_holds_up_no_other_session() -> None:
-    slow = threading.Event()
+def test_slow_handler_does_not_block_other_session() -> None:
+    release = threading.Event()
     started = threading.Event()
 
-    def deliver(envelope: Envelope) -> None:
+    def handler(envelope: Envelope) -> None:
         if envelope.subject == "slow":
             started.set()
-            assert slow.wait(20)
+            assert release.wait(20)
 
     async def scenario() -> None:
-        async with Server(port=0, handler=deliver) as server:
+        async with Server(port=0, handler=handler) as server:
             first, second = await Peer.connect(server), await Peer.connect(server)
             await first.reply()
             await second.reply()
@@ -1666,10 +1675,10 @@ def test_a_slow_disk_holds_up_no_other_session() -> None:
             await asyncio.to_thread(started.wait, 20)
             assert (await second.send_mail("Subject: fast")).startswith("250")
             assert not waiting.done()
-            # Closing finishes what is being delivered.
+            # close() waits for the running handler.
             closing = asyncio.create_task(server.close())
             assert await second.reply() == "421 4.3.2 Shutting down"
-            slow.set()
+            release.set()
             await closing
             assert (await waiting).startswith("250")
             assert await first.reply() == "421 4.3.2 Shutting down"
@@ -1679,16 +1688,16 @@ def test_a_slow_disk_holds_up_no_other_session() -> None:
     run(scenario)
 
 
-def test_a_slow_delivery_is_waited_for_by_its_session_only() -> None:
-    """Messages that come at the same time as the slow one, and behind it, go through."""
-    slow = threading.Event()
+def test_slow_handlers_do_not_block_many_sessions() -> None:
+    """Other sessions deliver messages while several handlers are blocked."""
+    release = threading.Event()
 
-    def deliver(envelope: Envelope) -> None:
+    def handler(envelope: Envelope) -> None:
         if envelope.subject == "slow":
-            assert slow.wait(20)
+            assert release.wait(20)
 
     async def scenario() -> None:
-        async with Server(port=0, handler=deliver) as server:
+        async with Server(port=0, handler=handler) as server:
             peers = [await Peer.connect(server) for _ in range(20)]
             for peer in peers:
                 await peer.reply()
@@ -1700,7 +1709,7 @@ def test_a_slow_delivery_is_waited_for_by_its_session_only() -> None:
                 if number % 4:
                     assert (await task).startswith("250")
             assert not any(task.done() for task in tasks[::4])
-            slow.set()
+            release.set()
             assert {(await task)[:3] for task in tasks} == {"250"}
             for peer in peers:
                 await peer.close()
@@ -1708,41 +1717,41 @@ def test_a_slow_delivery_is_waited_for_by_its_session_only() -> None:
     run(scenario)
 
 
-def test_close_waits_for_a_delivery_and_not_for_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_waits_for_handler_but_not_for_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsmtpd, "STOP_TIMEOUT", 0.05)
-    ready, go = threading.Event(), threading.Event()
+    started, release = threading.Event(), threading.Event()
 
-    def deliver(envelope: Envelope) -> None:
-        ready.set()
-        assert go.wait(20)
+    def handler(envelope: Envelope) -> None:
+        started.set()
+        assert release.wait(20)
 
     async def scenario() -> None:
-        async with Server(port=0, handler=deliver) as server:
-            peer, deaf = await Peer.connect(server), await Peer.connect(server)
+        async with Server(port=0, handler=handler) as server:
+            peer, paused = await Peer.connect(server), await Peer.connect(server)
             await peer.reply()
             sending = asyncio.create_task(peer.send_mail())
-            await asyncio.to_thread(ready.wait, 20)
-            # Replies that are not read fill the buffers on both sides.
-            transport = deaf.writer.transport
+            await asyncio.to_thread(started.wait, 20)
+            # Unread replies fill the buffers on both sides.
+            transport = paused.writer.transport
             assert isinstance(transport, asyncio.Transport)
             transport.pause_reading()
-            deaf.writer.write(b"HELP\r\n" * 100_000)
+            paused.writer.write(b"HELP\r\n" * 100_000)
             closing = asyncio.create_task(server.close())
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(asyncio.shield(closing), 0.3)
-            go.set()
+            release.set()
             assert await sending == "250 2.0.0 Message accepted"
             assert await peer.reply() == "421 4.3.2 Shutting down"
             await closing
-            deaf.writer.transport.abort()
+            paused.writer.transport.abort()
             await peer.close()
 
     run(scenario)
 
 
-def test_an_address_that_a_name_has_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found * 2)
+def test_host_name_with_duplicate_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: addresses * 2)
 
     async def scenario() -> None:
         async with Server(interface="localhost", port=0, handler=print) as server:
@@ -1752,11 +1761,11 @@ def test_an_address_that_a_name_has_twice(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @OPENSSL
-def test_closing_at_any_moment_of_connecting(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_close_while_clients_connect(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
     for tls in (None, "implicit"):
-        for turns in range(8):
+        for iterations in range(8):
 
-            async def scenario(tls: str | None = tls, turns: int = turns) -> None:
+            async def scenario(tls: str | None = tls, iterations: int = iterations) -> None:
                 cert = pem / "both.pem" if tls else None
                 server = Server(tls=tls, cert=cert, port=0, handler=print)
                 await server.start()
@@ -1764,20 +1773,20 @@ def test_closing_at_any_moment_of_connecting(pem: Path, caplog: pytest.LogCaptur
                 for peer in peers:
                     peer.setblocking(False)
                     peer.connect_ex((server.host, server.port))
-                for _ in range(turns):
+                for _ in range(iterations):
                     await asyncio.sleep(0)
                 await server.close()
                 for peer in peers:
                     peer.close()
 
-            monkey = pytest.MonkeyPatch()
-            with monkey.context() as patch:
+            monkeypatch = pytest.MonkeyPatch()
+            with monkeypatch.context() as patch:
                 patch.setattr(dsmtpd, "STOP_TIMEOUT", 0.02)
                 run(scenario)
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
-def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsmtpd, "IDLE_TIMEOUT", 0.05)
 
     async def scenario() -> None:
@@ -1790,20 +1799,15 @@ def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:
             peer = await Peer.connect(server)
             await peer.reply()
             peer.writer.write(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nhalf a")
-            assert [(await peer.reply())[:3] for _ in range(5)] == [
-                "250",
-                "250",
-                "250",
-                "354",
-                "421",
-            ]
+            codes = [(await peer.reply())[:3] for _ in range(5)]
+            assert codes == ["250", "250", "250", "354", "421"]
             await peer.close()
 
     run(scenario)
 
 
-def test_a_client_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading stops until it does, and after a while it is sent away."""
+def test_idle_timeout_of_client_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server stops reading, and closes the connection after the idle timeout."""
     monkeypatch.setattr(dsmtpd, "IDLE_TIMEOUT", 0.3)
 
     async def scenario() -> None:
@@ -1818,35 +1822,35 @@ def test_a_client_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     run(scenario)
 
 
-def test_a_client_that_does_not_read_holds_up_nobody() -> None:
-    """Whatever the buffers hold; and it gets every reply when it does read."""
+def test_paused_client_does_not_block_others() -> None:
+    """The paused client receives all replies after it resumes reading."""
 
     async def scenario() -> None:
         async with Server(port=0, handler=print) as server:
-            deaf, other = await Peer.connect(server), await Peer.connect(server)
-            assert isinstance(deaf.writer.transport, asyncio.Transport)
-            deaf.writer.transport.pause_reading()
+            paused, other = await Peer.connect(server), await Peer.connect(server)
+            assert isinstance(paused.writer.transport, asyncio.Transport)
+            paused.writer.transport.pause_reading()
             await other.reply()
             for _ in range(300):
-                deaf.writer.write(b"HELP\r\n" * 300)
-                assert await asyncio.wait_for(other.ask("NOOP"), 5) == "250 2.0.0 OK"
-            deaf.writer.transport.resume_reading()
-            assert (await deaf.reply()).startswith("220 ")
+                paused.writer.write(b"HELP\r\n" * 300)
+                assert await asyncio.wait_for(other.exchange("NOOP"), 5) == "250 2.0.0 OK"
+            paused.writer.transport.resume_reading()
+            assert (await paused.reply()).startswith("220 ")
             for _ in range(300 * 300):
-                assert (await deaf.reply()).startswith("214 ")
-            await deaf.close()
+                assert (await paused.reply()).startswith("214 ")
+            await paused.close()
             await other.close()
 
     run(scenario)
 
 
 def test_half_closed_connections(tmp_path: Path) -> None:
-    """The replies come, also where the client has said its last word with its message."""
+    """A client that shuts down its sending side receives all replies."""
     with dsmtpd.capture(directory=tmp_path) as inbox:
-        for rest, codes in (("", "250"), ("NOOP\r\n", "250 250"), ("QUIT\r\n", "250 221")):
+        for last_line, codes in (("", "250"), ("NOOP\r\n", "250 250"), ("QUIT\r\n", "250 221")):
             with socket.create_connection((inbox.host, inbox.port), 20) as client:
                 lines = ["EHLO x", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", f"{CLEAN}", "."]
-                client.sendall("\r\n".join([*lines, rest]).encode())
+                client.sendall("\r\n".join([*lines, last_line]).encode())
                 client.shutdown(socket.SHUT_WR)
                 replies = client.makefile("rb").read()
             assert [line[:3] for line in replies.splitlines()][-len(codes.split()) :] == [
@@ -1855,10 +1859,8 @@ def test_half_closed_connections(tmp_path: Path) -> None:
         assert len(inbox.messages) == 3
 
 
-def test_an_error_in_the_session_ends_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It is a bug, and logged; the others go on."""
+def test_session_error(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An unexpected exception is logged and ends only its own session."""
     caplog.set_level(logging.ERROR)
 
     async def scenario() -> None:
@@ -1892,18 +1894,18 @@ def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
             assert codes[2] == "421 4.3.2"
             assert all(code.startswith("220") for code in codes[:2])
             assert await peers[2].reply() == ""
-            await peers[0].ask("QUIT")
+            await peers[0].exchange("QUIT")
             assert await peers[0].reply() == ""
-            again = await Peer.connect(server)
-            assert (await again.reply()).startswith("220")
-            for peer in [*peers, again]:
+            new = await Peer.connect(server)
+            assert (await new.reply()).startswith("220")
+            for peer in [*peers, new]:
                 await peer.close()
 
     run(scenario)
 
 
-def test_clients_that_reset(caplog: pytest.LogCaptureFixture) -> None:
-    """At each moment of a session; the server says nothing of it and goes on."""
+def test_connection_reset(caplog: pytest.LogCaptureFixture) -> None:
+    """After a reset at any step of a session, the server logs no warning and keeps running."""
     steps = [b"", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n", b"text"]
     envelopes: list[Envelope] = []
 
@@ -1928,45 +1930,40 @@ def test_clients_that_reset(caplog: pytest.LogCaptureFixture) -> None:
     assert not [record for record in caplog.records if record.levelname != "INFO"]
 
 
-# --- TLS, on sockets ------------------------------------------------------------------------
+# --- TLS ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with cert.pem, key.pem, both.pem, other.pem, locked.pem and text.pem."""
+    """A directory with cert.pem, key.pem, both.pem, other.pem, locked.pem and text.pem."""
     folder = tmp_path_factory.mktemp("pem")
     for _ in range(2):
         if (folder / "key.pem").exists():
             (folder / "key.pem").rename(folder / "other.pem")
         subprocess.run(dsmtpd.OPENSSL_COMMAND.split(), cwd=folder, check=True, capture_output=True)
-    lock = "openssl ec -aes128 -passout pass:secret -in key.pem -out locked.pem"
-    subprocess.run(lock.split(), cwd=folder, check=True, capture_output=True)
+    encrypt = "openssl ec -aes128 -passout pass:secret -in key.pem -out locked.pem"
+    subprocess.run(encrypt.split(), cwd=folder, check=True, capture_output=True)
     both = (folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes()
     (folder / "both.pem").write_bytes(both)
     (folder / "text.pem").write_text("no certificate")
     return folder
 
 
-def trusting(pem: Path) -> ssl.SSLContext:
+def client_context(pem: Path) -> ssl.SSLContext:
+    """Return a context that trusts cert.pem."""
     return ssl.create_default_context(cafile=str(pem / "cert.pem"))
 
 
 @OPENSSL
-def test_smtplib_with_starttls_and_a_login(pem: Path, tmp_path: Path) -> None:
-    options: list[str | Path] = [
-        "--tls",
-        "starttls",
-        "--cert",
-        pem / "cert.pem",
-        "--key",
-        pem / "key.pem",
-    ]
-    options += ["--auth", "user:sesame:open", "-v", "-d", tmp_path / "mail"]
+def test_smtplib_with_starttls_and_login(pem: Path, tmp_path: Path) -> None:
+    options: list[str | Path] = ["--tls", "starttls", "--cert", pem / "cert.pem"]
+    options += ["--key", pem / "key.pem", "--auth", "user:sesame:open"]
+    options += ["-v", "-d", tmp_path / "mail"]
     with process(*options, cwd=tmp_path) as server:
         with smtplib.SMTP("localhost", server.port) as client:
             with pytest.raises(smtplib.SMTPSenderRefused, match="Authentication required"):
                 client.sendmail("a@b", ["c@d"], "Subject: Hi")
-            client.starttls(context=trusting(pem))
+            client.starttls(context=client_context(pem))
             with pytest.raises(smtplib.SMTPAuthenticationError):
                 client.login("user", "wrong")
             client.login("user", "sesame:open")
@@ -1981,16 +1978,10 @@ def test_smtplib_with_starttls_and_a_login(pem: Path, tmp_path: Path) -> None:
 
 @OPENSSL
 def test_smtplib_with_implicit_tls(pem: Path, tmp_path: Path) -> None:
-    options: list[str | Path] = [
-        "--tls",
-        "implicit",
-        "--cert",
-        pem / "both.pem",
-        "-d",
-        tmp_path / "mail",
-    ]
+    options: list[str | Path] = ["--tls", "implicit", "--cert", pem / "both.pem"]
+    options += ["-d", tmp_path / "mail"]
     with process(*options, cwd=tmp_path) as server:
-        with smtplib.SMTP_SSL("localhost", server.port, context=trusting(pem)) as client:
+        with smtplib.SMTP_SSL("localhost", server.port, context=client_context(pem)) as client:
             client.sendmail("a@b", ["c@d"], b"x" * 3_000_000)
         assert server.stop()[0] == 0
     (path,) = (tmp_path / "mail" / "new").iterdir()
@@ -1998,7 +1989,7 @@ def test_smtplib_with_implicit_tls(pem: Path, tmp_path: Path) -> None:
 
 
 @OPENSSL
-def test_throw_away_certificate(tmp_path: Path) -> None:
+def test_generated_certificate(tmp_path: Path) -> None:
     with process("--tls", "starttls", "-d", tmp_path / "mail", cwd=tmp_path) as server:
         with smtplib.SMTP("localhost", server.port) as client:
             client.starttls(context=ssl._create_unverified_context())
@@ -2019,7 +2010,7 @@ def test_throw_away_certificate(tmp_path: Path) -> None:
         ("cert.pem", "text.pem", "PEM"),
     ],
 )
-def test_certificate_that_cannot_be_used(cert: str, key: str | None, text: str, pem: Path) -> None:
+def test_invalid_certificate(cert: str, key: str | None, text: str, pem: Path) -> None:
     server = Server(port=0, tls="starttls", cert=pem / cert, key=key and pem / key, handler=print)
     with pytest.raises(ValueError, match=text) as caught:
         asyncio.run(server.start())
@@ -2027,21 +2018,21 @@ def test_certificate_that_cannot_be_used(cert: str, key: str | None, text: str, 
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_certificate_errors_of_the_command(tmp_path: Path) -> None:
-    mail: list[str | Path] = ["-p", "0", "-d", tmp_path / "mail"]
-    completed = command("--tls", "implicit", "--cert", tmp_path / "missing.pem", *mail)
+def test_certificate_errors_on_command_line(tmp_path: Path) -> None:
+    options: list[str | Path] = ["-p", "0", "-d", tmp_path / "mail"]
+    completed = command("--tls", "implicit", "--cert", tmp_path / "missing.pem", *options)
     assert completed.returncode == 2
     assert len(completed.stderr.splitlines()) == 1
     environment = {**os.environ, "PATH": str(tmp_path)}
-    completed = command("--tls", "starttls", *mail, env=environment)
+    completed = command("--tls", "starttls", *options, env=environment)
     assert completed.returncode == 2
     assert len(completed.stderr.splitlines()) == 1
     assert "'openssl req -x509 " in completed.stderr
 
 
 @OPENSSL
-def test_tls_clients_that_misbehave(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Each costs one line of the log at most, and no traceback; the server goes on."""
+def test_tls_client_errors(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each error logs one line at most, without a traceback, and the server keeps running."""
     envelopes: list[Envelope] = []
 
     async def connect(server: Server, **options: Any) -> Peer:
@@ -2049,24 +2040,24 @@ def test_tls_clients_that_misbehave(pem: Path, caplog: pytest.LogCaptureFixture)
 
     async def scenario() -> None:
         options: dict[str, Any] = {"cert": pem / "both.pem", "port": 0}
-        context = trusting(pem)
+        context = client_context(pem)
         async with Server(tls="implicit", handler=envelopes.append, **options) as server:
             peer = await connect(server)
-            await peer.ask("EHLO plain text on the TLS port")
+            await peer.exchange("EHLO plain text on the TLS port")
             await peer.close()
             peer = await connect(server)
             peer.writer.write(b"\x16\x03\x01\x02\x00" + bytes(512))
             await peer.reply()
             await peer.close()
-            for text in (b"", b"\x16\x03\x01"):  # gone during the handshake
+            for text in (b"", b"\x16\x03\x01"):  # disconnect during the handshake
                 peer = await connect(server)
                 peer.writer.write(text)
                 await peer.writer.drain()
                 peer.writer.transport.abort()
-            for command in ("NOOP", "MAIL FROM:<a@b>"):  # gone without close_notify
+            for command in ("NOOP", "MAIL FROM:<a@b>"):  # disconnect without close_notify
                 peer = await connect(server, ssl=context, server_hostname="localhost")
                 await peer.reply()
-                await peer.ask(command)
+                await peer.exchange(command)
                 peer.writer.transport.abort()
             peer = await connect(server, ssl=context, server_hostname="localhost")
             await peer.reply()
@@ -2075,13 +2066,13 @@ def test_tls_clients_that_misbehave(pem: Path, caplog: pytest.LogCaptureFixture)
         async with Server(tls="starttls", handler=envelopes.append, **options) as server:
             peer = await connect(server)
             await peer.reply()
-            await peer.ask("STARTTLS")
+            await peer.exchange("STARTTLS")
             peer.writer.write(b"no handshake at all\r\n")
             await peer.reply()
             await peer.close()
             peer = await connect(server)
             await peer.reply()
-            await peer.ask("STARTTLS")
+            await peer.exchange("STARTTLS")
             await peer.close()
 
     run(scenario)
@@ -2096,35 +2087,35 @@ def test_tls_clients_that_misbehave(pem: Path, caplog: pytest.LogCaptureFixture)
 
 @OPENSSL
 @pytest.mark.parametrize("closing", [False, True])
-def test_tls_clients_that_leave_during_a_delivery(
+def test_tls_client_disconnects_during_delivery(
     closing: bool, pem: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What they have sent is delivered, and nothing is said of it."""
-    ready, go = threading.Event(), threading.Event()
+    """The messages that were sent are delivered, and no error is logged."""
+    started, release = threading.Event(), threading.Event()
     envelopes: list[Envelope] = []
 
-    def deliver(envelope: Envelope) -> None:
-        ready.set()
-        assert go.wait(20)
+    def handler(envelope: Envelope) -> None:
+        started.set()
+        assert release.wait(20)
         envelopes.append(envelope)
 
     async def scenario() -> None:
-        server = Server(tls="implicit", cert=pem / "both.pem", port=0, handler=deliver)
+        server = Server(tls="implicit", cert=pem / "both.pem", port=0, handler=handler)
         await server.start()
         _, writer = await asyncio.open_connection(
-            server.host, server.port, ssl=trusting(pem), server_hostname="localhost"
+            server.host, server.port, ssl=client_context(pem), server_hostname="localhost"
         )
         message = f"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n{CLEAN}\r\n.\r\n"
         writer.write(f"EHLO x\r\n{message}{message}".encode())
-        await asyncio.to_thread(ready.wait, 20)
+        await asyncio.to_thread(started.wait, 20)
         writer.transport.abort()
         other = Peer(*await asyncio.open_connection(server.host, server.port))
-        other.writer.write(b"no TLS, but seen after the client has gone")
+        other.writer.write(b"plain text, received after the abort")
         await other.reply()
         await other.close()
         ended = asyncio.create_task(server.close() if closing else server.wait_for_clients(20))
         await asyncio.sleep(0)
-        go.set()
+        release.set()
         await ended
         await server.close()
 
@@ -2135,7 +2126,7 @@ def test_tls_clients_that_leave_during_a_delivery(
 
 
 @OPENSSL
-def test_a_client_that_is_gone_before_tls(pem: Path) -> None:
+def test_client_disconnects_before_tls(pem: Path) -> None:
     async def scenario() -> None:
         options: dict[str, Any] = {"cert": pem / "both.pem", "port": 0, "handler": print}
         async with Server(tls="starttls", fail=["STARTTLS * delay 0.2"], **options) as server:
@@ -2151,31 +2142,32 @@ def test_a_client_that_is_gone_before_tls(pem: Path) -> None:
 
 
 @OPENSSL
-def test_plain_text_behind_starttls_is_never_executed(pem: Path) -> None:
+def test_plain_text_after_starttls_is_discarded(pem: Path) -> None:
     async def scenario() -> None:
         async with Server(tls="starttls", cert=pem / "both.pem", port=0, handler=print) as server:
             peer = await Peer.connect(server)
             await peer.reply()
-            assert await peer.ask("STARTTLS\r\nEHLO evil\r\nNOOP") == "220 2.0.0 Ready to start TLS"
+            reply = await peer.exchange("STARTTLS\r\nEHLO evil\r\nNOOP")
+            assert reply == "220 2.0.0 Ready to start TLS"
             loop = asyncio.get_running_loop()
             reader = asyncio.StreamReader()
             protocol = asyncio.StreamReaderProtocol(reader)
             transport = await loop.start_tls(
-                peer.writer.transport, protocol, trusting(pem), server_hostname="localhost"
+                peer.writer.transport, protocol, client_context(pem), server_hostname="localhost"
             )
             assert transport is not None
             protocol.connection_made(transport)
             secure = Peer(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
-            # The first reply is to the first command in TLS, and the EHLO is forgotten.
-            assert (await secure.ask("MAIL FROM:<a@b>")).startswith("503")
-            assert await secure.ask("QUIT") == "221 2.0.0 Bye"
+            # The server has discarded EHLO and NOOP: the first reply answers MAIL.
+            assert (await secure.exchange("MAIL FROM:<a@b>")).startswith("503")
+            assert await secure.exchange("QUIT") == "221 2.0.0 Bye"
             await secure.close()
 
     run(scenario)
 
 
 @POSIX
-def test_a_thousand_idle_connections(tmp_path: Path) -> None:
+def test_maximum_connections(tmp_path: Path) -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2200,18 +2192,18 @@ def test_a_thousand_idle_connections(tmp_path: Path) -> None:
     assert len(list((tmp_path / "mail" / "new").iterdir())) == 1
 
 
-# --- The process --------------------------------------------------------------------------
+# --- Process ------------------------------------------------------------------------------
 
 
 class Process:
-    """The program in a process of its own, once it listens."""
+    """The program in a subprocess; the constructor returns after the log contains last_line."""
 
     def __init__(
         self,
         *arguments: str | Path,
         cwd: Path,
         program: tuple[str | Path, ...] = (SCRIPT,),
-        last: str = "Found a Maildir storage with",
+        last_line: str = "Found a Maildir storage with",
         stdout: int | None = None,
         close_fds: bool = True,
     ) -> None:
@@ -2233,13 +2225,13 @@ class Process:
         assert self.popen.stderr is not None
         for line in self.popen.stderr:
             self.lines.append(line)
-            if found := re.search(r"Starting dsmtpd \S+ at .*:(\d+)$", line):
-                self.port = int(found[1])
-            if last in line:
+            if match := re.search(r"Starting dsmtpd \S+ at .*:(\d+)$", line):
+                self.port = int(match[1])
+            if last_line in line:
                 break
 
-    def end(self) -> tuple[int, str]:
-        """Its exit status and its whole log, once it has ended; stops it if need be."""
+    def wait(self) -> tuple[int, str]:
+        """Wait until the process exits, and return the exit status and the log."""
         try:
             _, rest = self.popen.communicate(timeout=20)
         except subprocess.TimeoutExpired:
@@ -2251,7 +2243,7 @@ class Process:
         self, number: int = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
     ) -> tuple[int, str]:
         self.popen.send_signal(number)
-        return self.end()
+        return self.wait()
 
 
 @contextlib.contextmanager
@@ -2303,7 +2295,7 @@ def test_signals_with_idle_clients(number: int, tmp_path: Path) -> None:
     assert "Traceback" not in text
 
 
-def test_no_noise_about_a_client_that_is_gone(tmp_path: Path) -> None:
+def test_no_asyncio_warning_after_reset(tmp_path: Path) -> None:
     message = f"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n{CLEAN}\r\n.\r\n"
     with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as client:
@@ -2319,7 +2311,7 @@ def test_no_noise_about_a_client_that_is_gone(tmp_path: Path) -> None:
 
 
 @POSIX
-def test_kill_after_the_reply(tmp_path: Path) -> None:
+def test_message_is_stored_before_reply(tmp_path: Path) -> None:
     with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
         with smtplib.SMTP("127.0.0.1", server.port) as client:
             client.ehlo()
@@ -2336,7 +2328,7 @@ def test_kill_after_the_reply(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
 def test_no_space_left(tmp_path: Path) -> None:
-    """A limit on the size of files fails in the middle of a write, as a full disk does."""
+    """A file size limit makes a write fail halfway, as a full disk does."""
     import resource
 
     with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
@@ -2370,7 +2362,7 @@ def test_verbose_and_quiet(tmp_path: Path) -> None:
 def command(
     *arguments: str | Path, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end."""
+    """Run the program until it exits."""
     return subprocess.run(
         [sys.executable, "-W", "error", SCRIPT, *arguments],
         capture_output=True,
@@ -2397,7 +2389,7 @@ def command(
         (["--auth", "secret"], "argument --auth: must be USER:PASSWORD\n"),
     ],
 )
-def test_wrong_usage(arguments: list[str], text: str) -> None:
+def test_usage_errors(arguments: list[str], text: str) -> None:
     completed = command(*arguments)
     assert completed.returncode == 2
     assert text in completed.stderr
@@ -2406,10 +2398,7 @@ def test_wrong_usage(arguments: list[str], text: str) -> None:
 def test_not_a_maildir(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for directory, text in [
-        (
-            tmp_path,
-            f"ERROR: Cannot start: {tmp_path} is not a Maildir: it has no cur, new, tmp",
-        ),
+        (tmp_path, f"ERROR: Cannot start: {tmp_path} is not a Maildir: it has no cur, new, tmp"),
         (tmp_path / "file", f"ERROR: Cannot start: {tmp_path / 'file'} is not a directory"),
     ]:
         completed = command("-p", "0", "-d", directory)
@@ -2420,8 +2409,8 @@ def test_not_a_maildir(tmp_path: Path) -> None:
 
 
 def test_cannot_listen(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
         for arguments in (["-p", port], ["-p", "0", "-i", "192.0.2.1"], ["-p", "0", "-i", "a..b"]):
             completed = command(*arguments, "-d", tmp_path / "mail")
             assert completed.returncode == 3
@@ -2430,7 +2419,7 @@ def test_cannot_listen(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="needs SO_REUSEPORT")
-def test_two_servers_at_one_port(tmp_path: Path) -> None:
+def test_two_servers_on_one_port(tmp_path: Path) -> None:
     options = ["--reuse-port", "-d", str(tmp_path / "mail")]
     with process(*options, cwd=tmp_path) as first:
         second_options = [*options, "-p", str(first.port)]
@@ -2446,7 +2435,7 @@ def test_two_servers_at_one_port(tmp_path: Path) -> None:
 
 @POSIX
 def test_socket_activation(tmp_path: Path) -> None:
-    """As systemd does it: the sockets from 3 on, and the process id in LISTEN_PID."""
+    """The sockets start at descriptor 3, and LISTEN_PID is the process ID, as with systemd."""
     starter = (
         "import os, sys\n"
         "os.dup2(int(sys.argv[1]), 3)\n"
@@ -2455,14 +2444,14 @@ def test_socket_activation(tmp_path: Path) -> None:
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
-        for other in (0, 1):  # somebody else's, the second time
+        for pid_offset in (0, 1):  # 1: LISTEN_PID names another process
             descriptor = os.dup(listener.fileno())
             os.set_inheritable(descriptor, True)
-            program = ("-c", starter, str(descriptor), str(other), "-W", "error", SCRIPT)
+            program = ("-c", starter, str(descriptor), str(pid_offset), "-W", "error", SCRIPT)
             options: dict[str, Any] = {"program": program, "cwd": tmp_path}
             with process("-d", tmp_path / "mail", **options, close_fds=False) as server:
                 os.close(descriptor)
-                assert (server.port == address[1]) is (not other)
+                assert (server.port == address[1]) is (not pid_offset)
                 with smtplib.SMTP("127.0.0.1", server.port) as client:
                     client.sendmail("a@b", ["c@d"], CLEAN)
                 assert server.stop()[0] == 0
@@ -2474,7 +2463,7 @@ def test_version_and_help() -> None:
     assert "usage: dsmtpd [options] [-- COMMAND [ARG ...]]\n" in command("-h").stdout
 
 
-def test_as_a_module_and_a_zipapp(tmp_path: Path) -> None:
+def test_module_and_zipapp(tmp_path: Path) -> None:
     (tmp_path / "app").mkdir()
     shutil.copy(SCRIPT, tmp_path / "app")
     zipapp.create_archive(tmp_path / "app", tmp_path / "dsmtpd.pyz", main="dsmtpd:main")
@@ -2487,27 +2476,23 @@ def test_as_a_module_and_a_zipapp(tmp_path: Path) -> None:
             status, _ = server.stop()
         assert status == 0
         completed = subprocess.run(
-            [sys.executable, *program, "-p", "0", "-d", tmp_path / "other"], cwd=tmp_path / "app", check=False
+            [sys.executable, *program, "-p", "0", "-d", tmp_path / "other"],
+            cwd=tmp_path / "app",
+            check=False,
         )
         assert completed.returncode == 2
     assert len(list((tmp_path / "mail" / "new").iterdir())) == 2
 
 
-def test_the_wheel(tmp_path: Path) -> None:
-    """Built, installed into a folder of its own, and started there."""
+def test_wheel(tmp_path: Path) -> None:
+    """The wheel can be built, installed and run."""
     source, site = tmp_path / "source", tmp_path / "site"
     source.mkdir()
     for name in ("dsmtpd.py", "pyproject.toml", "README.rst", "LICENSE"):
         shutil.copy(HERE / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheel: list[str | Path] = [
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        tmp_path,
-        source,
-    ]
+    wheel: list[str | Path] = ["wheel", "--no-deps", "--no-build-isolation"]
+    wheel += ["--wheel-dir", tmp_path, source]
     subprocess.run([*pip, *wheel], check=True)
     (built,) = tmp_path.glob("*.whl")
     assert built.name == f"dsmtpd-{dsmtpd.__version__}-py3-none-any.whl"
@@ -2563,7 +2548,7 @@ def test_capture() -> None:
         socket.create_connection((inbox.host, inbox.port))
 
 
-def test_capture_waits_for_what_is_not_there_yet() -> None:
+def test_capture_waits_for_messages() -> None:
     with dsmtpd.capture() as inbox:
         sender = threading.Timer(0.05, send, [inbox])
         sender.start()
@@ -2578,7 +2563,7 @@ def test_capture_waits_for_what_is_not_there_yet() -> None:
         sender.join()
 
 
-def test_capture_ends_at_an_exception_and_says_why_it_does_not_begin() -> None:
+def test_capture_exceptions() -> None:
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError), dsmtpd.capture() as inbox:  # noqa: PT012
         idle = socket.create_connection((inbox.host, inbox.port))
@@ -2594,17 +2579,17 @@ def test_capture_ends_at_an_exception_and_says_why_it_does_not_begin() -> None:
     assert threading.active_count() == before
 
 
-def test_capture_lets_the_client_say_quit() -> None:
+def test_capture_waits_for_quit() -> None:
     for _ in range(20):
         with dsmtpd.capture() as inbox:
             sender = threading.Thread(target=send, args=(inbox,))
             sender.start()
             inbox.wait()
-        # An error of the thread would be one of the test.
+        # pytest fails the test if the thread raises an exception.
         sender.join()
 
 
-def test_many_captures_at_once(tmp_path: Path) -> None:
+def test_concurrent_captures(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         inboxes = [stack.enter_context(dsmtpd.capture()) for _ in range(20)]
         threads = [
@@ -2615,14 +2600,14 @@ def test_many_captures_at_once(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         for number, inbox in enumerate(inboxes):
-            found = inbox.wait_for(3)
-            assert {message.rcpt_tos[0] for message in found} == {f"{number}@x"}
+            messages = inbox.wait_for(3)
+            assert {message.rcpt_tos[0] for message in messages} == {f"{number}@x"}
         for thread in threads:
             thread.join()
 
 
 def test_capture_options(tmp_path: Path) -> None:
-    seen: list[Envelope] = []
+    envelopes: list[Envelope] = []
     with dsmtpd.capture(directory=tmp_path / "mail", handler=None, max_size=500) as inbox:
         send(inbox)
         path = inbox.wait().path
@@ -2630,16 +2615,16 @@ def test_capture_options(tmp_path: Path) -> None:
         assert path.parent == tmp_path / "mail" / "new"
         with pytest.raises(smtplib.SMTPSenderRefused, match="exceeds"):
             send(inbox, subject="x" * 500)
-    with dsmtpd.capture(handler=seen.append) as inbox:
+    with dsmtpd.capture(handler=envelopes.append) as inbox:
         send(inbox)
-        assert inbox.messages == seen
+        assert inbox.messages == envelopes
 
 
 @OPENSSL
 def test_capture_with_tls(pem: Path) -> None:
     with dsmtpd.capture(tls="implicit", cert=pem / "both.pem", auth={"u": "p"}) as inbox:
         assert inbox.url.startswith("smtps://")
-        with smtplib.SMTP_SSL("localhost", inbox.port, context=trusting(pem)) as client:
+        with smtplib.SMTP_SSL("localhost", inbox.port, context=client_context(pem)) as client:
             client.login("u", "p")
             client.sendmail("a@b", ["c@d"], "Subject: Hi")
         assert inbox.wait().user == "u"
@@ -2675,37 +2660,14 @@ def test_malformed_messages(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_malformed_header_noise(seed: int) -> None:
+def test_random_headers(seed: int) -> None:
     generator = random.Random(seed)
-    names = [
-        "From",
-        "To",
-        "Date",
-        "Message-ID",
-        "Content-Type",
-        "Subject",
-        "MIME-Version",
-        "Sender",
-    ]
-    names += ["Content-Disposition", "Content-Transfer-Encoding", "Received", "References"]
-    atoms = [
-        "<",
-        ">",
-        '"',
-        "@",
-        ";",
-        ":",
-        ",",
-        "=?utf-8?q?",
-        "?=",
-        "\r\n ",
-        "(",
-        ")",
-        "\\",
-        "*0*=",
-        "'",
-    ]
-    atoms += ["=", "[", "]", "\x00", "é", "a", "boundary", "multipart/mixed", "1", "%", " ", "."]
+    names = ["From", "To", "Date", "Message-ID", "Content-Type", "Subject", "MIME-Version"]
+    names += ["Sender", "Content-Disposition", "Content-Transfer-Encoding", "Received"]
+    names += ["References"]
+    atoms = ["<", ">", '"', "@", ";", ":", ",", "=?utf-8?q?", "?=", "\r\n ", "(", ")", "\\"]
+    atoms += ["*0*=", "'", "=", "[", "]", "\x00", "é", "a", "boundary", "multipart/mixed", "1", "%"]
+    atoms += [" ", "."]
     lines = [f"{name}: {''.join(generator.choices(atoms, k=9))}\r\n" for name in names]
     message = envelope(content="".join(lines).encode())
     message.subject.encode()
@@ -2716,18 +2678,18 @@ def test_malformed_header_noise(seed: int) -> None:
 PYTEST_FILE = """
 import smtplib
 
-def test_it(smtpd):
+def test_message(smtpd):
     assert smtpd.messages == []
     with smtplib.SMTP(smtpd.host, smtpd.port) as client:
         client.sendmail("a@b", ["c@d"], "Subject: Hi")
     assert smtpd.wait(to="c@d").email["Subject"] == "Hi"
 
-def test_again(smtpd):
+def test_inbox_is_empty(smtpd):
     assert smtpd.messages == []
 """
 
 
-def test_pytest_plugin_of_the_copied_file(tmp_path: Path) -> None:
+def test_pytest_plugin_of_copied_file(tmp_path: Path) -> None:
     shutil.copy(SCRIPT, tmp_path)
     (tmp_path / "test_it.py").write_text(PYTEST_FILE)
     completed = subprocess.run(
@@ -2742,7 +2704,7 @@ def test_pytest_plugin_of_the_copied_file(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
 
 
-# --- The command line in CI -----------------------------------------------------------------
+# --- Options for CI -------------------------------------------------------------------------
 
 SENDER = """
 import os, smtplib, sys
@@ -2755,8 +2717,8 @@ SEND = [sys.executable, "-c", SENDER]
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary Maildirs are made; nothing is left there in the end."""
+def temp_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory in which the program creates temporary Maildirs."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     for name in ("TMPDIR", "TEMP", "TMP"):
@@ -2778,25 +2740,25 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--timeout", "0.1", "--expect", "1"], 1),
     ],
 )
-def test_command(arguments: list[str], status: int, temporary: Path, tmp_path: Path) -> None:
+def test_exit_status(arguments: list[str], status: int, temp_dir: Path, tmp_path: Path) -> None:
     mail = [] if "--" in arguments else ["-d", str(tmp_path / "mail")]
     completed = command("-p", "0", *mail, *arguments)
     assert completed.returncode == status
     assert "Traceback" not in completed.stderr
-    assert list(temporary.iterdir()) == []
+    assert list(temp_dir.iterdir()) == []
     if status == 127:
         assert completed.stderr.count("no-such-command-here") == 2  # once in the errno text
     if "--expect" in arguments and "-c" in arguments and status == 0:
         assert completed.stdout.strip() == arguments[-1]
 
 
-def test_command_with_a_directory(tmp_path: Path) -> None:
+def test_command_with_directory(tmp_path: Path) -> None:
     assert command("-p", "0", "-d", tmp_path / "mail", "--", *SEND, "2").stdout == "2\n"
     assert len(mailbox.Maildir(tmp_path / "mail")) == 2
 
 
 def test_expect_with_many_clients(tmp_path: Path) -> None:
-    """Those whose message was taken may say QUIT."""
+    """Each client whose message was accepted can send QUIT."""
     with process("--expect", "5", "-d", tmp_path / "mail", cwd=tmp_path) as server:
         clients = [smtplib.SMTP("127.0.0.1", server.port) for _ in range(10)]
         for client in clients:
@@ -2808,12 +2770,12 @@ def test_expect_with_many_clients(tmp_path: Path) -> None:
             client.send(CLEAN + "\r\n.\r\n")
         assert {client.getreply()[0] for client in clients} == {250}
         assert {client.quit()[0] for client in clients} == {221}
-        status, _ = server.end()
+        status, _ = server.wait()
     assert status == 0
 
 
 @POSIX
-def test_standard_output_that_is_closed(tmp_path: Path) -> None:
+def test_closed_standard_output(tmp_path: Path) -> None:
     code = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     mail = ["-p", "0", "-d", str(tmp_path / "mail"), "--json", "--", *SEND, "1"]
     completed = subprocess.run(
@@ -2823,23 +2785,23 @@ def test_standard_output_that_is_closed(tmp_path: Path) -> None:
     assert b"dsmtpd.py" not in completed.stderr
 
 
-def test_expect_without_a_command(tmp_path: Path) -> None:
+def test_expect_without_command(tmp_path: Path) -> None:
     with process("--expect", "2", "-d", tmp_path / "mail", cwd=tmp_path) as server:
         with smtplib.SMTP("127.0.0.1", server.port) as client:
             client.sendmail("a@b", ["c@d"], "1")
             client.sendmail("a@b", ["c@d"], "2")
-        status, _ = server.end()
+        status, _ = server.wait()
     assert status == 0
     with process("--expect", "2", "-d", tmp_path / "mail", cwd=tmp_path) as server:
         assert server.stop()[0] == 1
 
 
-# Says that it runs, with its process id, and then waits; in a child as well; or stays when it
-# is told to end.
-WAITER = """
+# Prints its process ID and waits for signals. With "child", a child process does the same; with
+# "ignore", SIGTERM has no effect.
+WAIT_CODE = """
 import os, signal, sys
-if "deaf" in sys.argv:
-    signal.signal(signal.SIGTERM, lambda number, frame: os.write(1, b"deaf\\n"))
+if "ignore" in sys.argv:
+    signal.signal(signal.SIGTERM, lambda number, frame: os.write(1, b"ignored\\n"))
 if "child" in sys.argv:
     os.fork()
 os.write(1, b"%d\\n" % os.getpid())
@@ -2848,8 +2810,8 @@ while True:
 """
 
 
-def gone(pid: int) -> bool:
-    """Whether a process has ended, or ends while we look."""
+def has_exited(pid: int) -> bool:
+    """Return whether the process exits within 20 seconds."""
     for _ in range(2000):
         try:
             os.kill(pid, 0)
@@ -2864,28 +2826,28 @@ def gone(pid: int) -> bool:
 
 @POSIX
 @pytest.mark.parametrize(
-    ("words", "options", "number", "status"),
+    ("arguments", "options", "number", "status"),
     [
         ([], [], signal.SIGTERM, 128 + 15),
         ([], [], signal.SIGINT, 128 + 2),
         ([], [], signal.SIGHUP, 128 + 1),
         (["child"], [], signal.SIGTERM, 128 + 15),
-        (["deaf"], [], signal.SIGTERM, 128 + 9),
+        (["ignore"], [], signal.SIGTERM, 128 + 9),
         ([], ["--timeout", "2"], None, 128 + 15),
-        (["deaf", "child"], ["--timeout", "2"], None, 128 + 9),
+        (["ignore", "child"], ["--timeout", "2"], None, 128 + 9),
     ],
 )
-def test_signals_and_the_command(
-    words: list[str],
+def test_signals_with_command(
+    arguments: list[str],
     options: list[str],
     number: int | None,
     status: int,
-    temporary: Path,
+    temp_dir: Path,
     tmp_path: Path,
 ) -> None:
     starter = "import sys, dsmtpd; dsmtpd.KILL_TIMEOUT = 0.2; dsmtpd.main(sys.argv[1:])"
     program = [sys.executable, "-W", "error", "-c", starter, "-p", "0", *options, "--"]
-    program += [sys.executable, "-c", WAITER, *words]
+    program += [sys.executable, "-c", WAIT_CODE, *arguments]
     with (
         subprocess.Popen(
             program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=HERE
@@ -2894,34 +2856,34 @@ def test_signals_and_the_command(
     ):
         stack.callback(running.kill)
         assert running.stdout is not None
-        pids = [int(running.stdout.readline()) for _ in range(1 + ("child" in words))]
+        pids = [int(running.stdout.readline()) for _ in range(1 + ("child" in arguments))]
         if number is not None:
             running.send_signal(number)
-            if "deaf" in words:
-                assert running.stdout.readline() == "deaf\n"
+            if "ignore" in arguments:
+                assert running.stdout.readline() == "ignored\n"
                 running.send_signal(number)
         _, text = running.communicate(timeout=20)
     assert running.returncode == status
     assert "Cleaning up" in text
-    assert all(gone(pid) for pid in pids)
-    assert list(temporary.iterdir()) == []
+    assert all(has_exited(pid) for pid in pids)
+    assert list(temp_dir.iterdir()) == []
 
 
 @POSIX
-def test_what_a_command_leaves_behind(temporary: Path) -> None:
-    leaver = (
+def test_child_process_of_command(temp_dir: Path) -> None:
+    parent = (
         "import subprocess, sys\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {WAITER!r}], stdout=subprocess.PIPE)\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {WAIT_CODE!r}], stdout=subprocess.PIPE)\n"
         "print(child.stdout.readline().decode())\n"
     )
-    completed = command("-p", "0", "--", sys.executable, "-c", leaver)
+    completed = command("-p", "0", "--", sys.executable, "-c", parent)
     assert completed.returncode == 0
-    assert gone(int(completed.stdout))
-    assert list(temporary.iterdir()) == []
+    assert has_exited(int(completed.stdout))
+    assert list(temp_dir.iterdir()) == []
 
 
-def test_strict_and_expect(tmp_path: Path) -> None:
-    """CI can say that all mail was clean, and is told when some was not."""
+def test_strict_with_expect(tmp_path: Path) -> None:
+    """A message that --strict rejects makes --expect fail."""
     sender = (
         "import os, smtplib\n"
         "with smtplib.SMTP(os.environ['SMTP_HOST'], int(os.environ['SMTP_PORT'])) as client:\n"
@@ -2929,15 +2891,15 @@ def test_strict_and_expect(tmp_path: Path) -> None:
         "    try: client.sendmail('a@b', ['c@d'], CLEAN + EXTRA)\n"
         "    except smtplib.SMTPDataError as error: print(error.smtp_error.decode())\n"
     ).replace("CLEAN", repr(CLEAN))
-    for extra, status, said in (("Bcc: x", 1, "5.6.0 bcc-header: "), ("X: y", 0, "")):
+    for extra, status, output in (("Bcc: x", 1, "5.6.0 bcc-header: "), ("X: y", 0, "")):
         run = [sys.executable, "-c", sender.replace("EXTRA", repr(extra))]
         completed = command("-p", "0", "--strict", "--expect", "1", "--", *run)
         assert completed.returncode == status, completed.stderr
-        assert completed.stdout.startswith(said)
+        assert completed.stdout.startswith(output)
         assert command("-p", "0", "--strict", "--", *run).returncode == 0
 
 
-def test_fail_on_the_command_line(tmp_path: Path) -> None:
+def test_fail_option(tmp_path: Path) -> None:
     completed = command("-p", "0", "--fail", "RCPT * 250", "-d", tmp_path / "mail")
     assert completed.returncode == 2
     assert (
@@ -2957,8 +2919,8 @@ def test_fail_on_the_command_line(tmp_path: Path) -> None:
     assert len(mailbox.Maildir(tmp_path / "mail")) == 1
 
 
-def test_clients_that_real_servers_would_mind() -> None:
-    """PHP's bare LF, smtplib with LF in 8-bit text, and a Bcc left in."""
+def test_warnings_for_common_clients() -> None:
+    """Bare LF as PHP sends it, 8-bit text with LF from smtplib, and a Bcc field."""
     with dsmtpd.capture(fail=["RCPT nobody@* 550 5.1.1 No such user"]) as inbox:
         with smtplib.SMTP(inbox.host, inbox.port) as client:
             client.ehlo()
@@ -2996,7 +2958,7 @@ def test_clients_that_real_servers_would_mind() -> None:
                 client.sendmail("a@b", ["nobody@d"], "")
 
 
-# --- What it prints -------------------------------------------------------------------------
+# --- Output ---------------------------------------------------------------------------------
 
 
 def test_json(tmp_path: Path) -> None:
@@ -3032,7 +2994,7 @@ def test_json(tmp_path: Path) -> None:
     }
 
 
-def test_json_as_it_comes_and_into_a_closed_pipe(tmp_path: Path) -> None:
+def test_json_flush_and_closed_pipe(tmp_path: Path) -> None:
     with process("--json", "-d", tmp_path / "mail", cwd=tmp_path, stdout=subprocess.PIPE) as server:
         output = server.popen.stdout
         assert output is not None
@@ -3069,19 +3031,19 @@ def test_print(tmp_path: Path) -> None:
     )
 
 
-def test_handler(tmp_path: Path) -> None:
+def test_handler_option(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import dsmtpd\n"
         "def refuse(envelope):\n"
         "    raise dsmtpd.SMTPError(554, '5.6.0', envelope.subject)\n"
-        "class Keep:\n"
-        "    async def take(self, envelope):\n"
-        "        open('taken', 'a').write(envelope.subject)\n"
-        "keep = Keep()\n"
+        "class Recorder:\n"
+        "    async def record(self, envelope):\n"
+        "        open('recorded', 'a').write(envelope.subject)\n"
+        "recorder = Recorder()\n"
         "number = 1\n"
     )
-    for name, code in (("mine:refuse", 554), ("mine:keep.take", 250)):
-        with process("--handler", name, cwd=tmp_path, last="Handing the") as server:
+    for name, code in (("mine:refuse", 554), ("mine:recorder.record", 250)):
+        with process("--handler", name, cwd=tmp_path, last_line="Handing the") as server:
             with smtplib.SMTP("127.0.0.1", server.port) as client:
                 client.ehlo()
                 client.mail("a@b")
@@ -3091,10 +3053,10 @@ def test_handler(tmp_path: Path) -> None:
         assert status == 0
         assert f"Handing the incoming emails to {name}" in text
         assert "Maildir" not in text
-    assert (tmp_path / "taken").read_text() == "Hi"
+    assert (tmp_path / "recorded").read_text() == "Hi"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
         "mine.py",
-        "taken",
+        "recorded",
     ]
 
 
@@ -3115,7 +3077,7 @@ def test_handler(tmp_path: Path) -> None:
         (["--json", "--print"], "not allowed with"),
     ],
 )
-def test_wrong_usage_in_ci(arguments: list[str], text: str, tmp_path: Path) -> None:
+def test_usage_errors_of_ci_options(arguments: list[str], text: str, tmp_path: Path) -> None:
     (tmp_path / "exits.py").write_text("import sys; sys.exit(5)")
     completed = command("-p", "0", *arguments, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert completed.returncode == 2
@@ -3123,19 +3085,19 @@ def test_wrong_usage_in_ci(arguments: list[str], text: str, tmp_path: Path) -> N
     assert len(completed.stderr.splitlines()) == 1
 
 
-# --- The documents ------------------------------------------------------------------------
+# --- README -------------------------------------------------------------------------------
 
 README = (HERE / "README.rst").read_text("utf-8")
 
 
 def examples(language: str) -> list[str]:
-    """The code blocks of the README in one language."""
+    """Return the code blocks of the README in one language."""
     blocks = re.findall(rf"^\.\. code-block:: {language}\n\n((?:    .*\n|\n)+)", README, re.M)
     return [re.sub("^    ", "", block, flags=re.M) for block in blocks]
 
 
 def example(language: str, text: str) -> str:
-    """The one code block with this text in it."""
+    """Return the only code block that contains the text."""
     (block,) = [block for block in examples(language) if text in block]
     return block
 
@@ -3148,10 +3110,10 @@ def test_first_screen_of_the_readme(
     with process("-d", "mail", cwd=tmp_path) as server:
         exec(example("python", "Welcome Email").replace("1025", str(server.port)), {})
         _, text = server.stop()
-    said = re.findall(r"^    [\d-]+ [\d:,]+ (.*)", README, re.M)
-    changing = r"\S+ at 127.0.0.1:\d+|127.0.0.1:\d+"  # the version and the ports
-    assert [re.sub(changing, "", line[24:]) for line in text.splitlines()[:-1]] == [
-        re.sub(changing, "", line).replace("/home/you", str(tmp_path)) for line in said
+    expected = re.findall(r"^    [\d-]+ [\d:,]+ (.*)", README, re.M)
+    variable = r"\S+ at 127.0.0.1:\d+|127.0.0.1:\d+"  # the version and the ports
+    assert [re.sub(variable, "", line[24:]) for line in text.splitlines()[:-1]] == [
+        re.sub(variable, "", line).replace("/home/you", str(tmp_path)) for line in expected
     ]
     exec(example("python", 'mailbox.Maildir("mail")'), {})
     assert capsys.readouterr().out == "user@test.com Welcome Email\n"
@@ -3167,7 +3129,7 @@ def test_unittest_of_the_readme() -> None:
 
 
 def test_ci_of_the_readme(tmp_path: Path) -> None:
-    """What GitHub and GitLab run, and the line above them, with the fixture as its tests."""
+    """The command in the GitHub and GitLab examples runs the test of the fixture example."""
     assert "    python3 dsmtpd.py -p 0 --expect 1 -- python3 -m pytest\n" in README
     lines = set(re.findall(r"(?:- run: |    - )(python3 dsmtpd.py .*)", README))
     (line,) = lines
@@ -3217,7 +3179,7 @@ def test_shell_script_of_the_readme(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     script = script.replace("python3", shlex.quote(sys.executable)).replace("1025", str(port))
-    # The log says when it listens.
+    # Without -q, the log shows when the server listens.
     script = script.replace(" -q ", " ")
     with subprocess.Popen(
         ["sh", "-c", script],
@@ -3253,7 +3215,7 @@ def test_handlers_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for module, function in handlers:
             name = f"{module}:{function}"
             with process(
-                "--handler", name, cwd=tmp_path, last="Handing the", stdout=subprocess.PIPE
+                "--handler", name, cwd=tmp_path, last_line="Handing the", stdout=subprocess.PIPE
             ) as server:
                 with smtplib.SMTP("127.0.0.1", server.port) as client:
                     client.sendmail("a@b", ["safe@example.com", "other@example.org"], content)
@@ -3271,18 +3233,18 @@ def test_server_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
 
     async def scenario() -> None:
         main = asyncio.create_task(names["main"]())
-        while not (said := capsys.readouterr().out):  # noqa: ASYNC110
+        while not (output := capsys.readouterr().out):  # noqa: ASYNC110
             await asyncio.sleep(0)
-        host, port = said.split()
+        host, port = output.split()
         peer = Peer(*await asyncio.open_connection(host, int(port)))
         await peer.reply()
         assert (
             await peer.send_mail("Subject: =?utf-8?q?caf=C3=A9?=") == "250 2.0.0 Message accepted"
         )
-        await peer.ask("MAIL FROM:<a@b>")
-        await peer.ask("RCPT TO:<nobody@example.com>")
-        await peer.ask("DATA")
-        assert await peer.ask(".") == "550 5.1.1 No such user"
+        await peer.exchange("MAIL FROM:<a@b>")
+        await peer.exchange("RCPT TO:<nobody@example.com>")
+        await peer.exchange("DATA")
+        assert await peer.exchange(".") == "550 5.1.1 No such user"
         await peer.close()
         main.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -3300,7 +3262,7 @@ def test_rules_of_the_readme() -> None:
 
 
 def test_warnings_of_the_readme() -> None:
-    """The names in the README's table are those that there are."""
+    """The table in the README lists all warnings and no others."""
     table = README.partition("\nWarnings\n--------\n")[2].partition("\nIn Python\n")[0]
     source = SCRIPT.read_text("utf-8")
     names = set(re.findall(r"[\"'{]([a-z0-9]+(?:-[a-z0-9]+)+): ", source)) - {
@@ -3312,7 +3274,7 @@ def test_warnings_of_the_readme() -> None:
 
 
 def test_options_of_the_readme() -> None:
-    """The README has the options of --help and no other."""
+    """The README lists the same options as --help."""
     shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", command("-h").stdout))
     section = README.partition("Options\n-------\n")[2].partition("\n\nAnybody")[0]
     listed = re.findall(r"^-.*?(?:  |$)", section, re.M)
