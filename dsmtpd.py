@@ -68,22 +68,24 @@ MAX_COMMAND_LENGTH = 12_288
 # Recipients of one message. RFC 5321 section 4.5.3.1.8 requires 100; Postfix accepts 1000.
 MAX_RECIPIENTS = 1000
 
-# Octets of all addresses and parameters of one message: 512 for each recipient.
-MAX_ENVELOPE_SIZE = 524_288
+# Characters of the arguments of all RCPT commands of one message: over 512 for each recipient.
+MAX_RCPT_ARGUMENTS = 512 * 1024
 
-# Errors in a row before the connection is closed, as smtpd_hard_error_limit in Postfix.
+# Replies of class 5 in a row before the connection is closed, without those of failure rules.
+# It is the default of smtpd_hard_error_limit in Postfix.
 MAX_ERRORS = 20
 
 # Sessions at the same time, so that a loop in a client cannot exhaust the machine.
 MAX_CONNECTIONS = 1000
 
-# Octets of content that all sessions may hold in memory together. Where two messages of the
-# maximum size are larger than that, the limit is their size.
+# Octets of content that all sessions may hold in memory together, or twice the maximum size of
+# a message if that is larger.
 MAX_CONTENT_IN_MEMORY = 256 * 1024 * 1024
 
-# Octets of the content that are searched for the Subject field, and for all fields by the
-# lint. Content without an empty line has no end of the header section.
+# Octets of the content in which the Subject field is searched.
 MAX_SUBJECT_OFFSET = 65_536
+
+# Octets of the content in which the lint searches for the header fields.
 MAX_HEADER_SIZE = 1_048_576
 
 # Characters of adjacent encoded-words that are decoded; the decoder is slow for long ones.
@@ -95,8 +97,8 @@ IDLE_TIMEOUT = 300.0
 # Seconds that clients have to read the last reply when the server stops.
 STOP_TIMEOUT = 0.5
 
-# Seconds before the server stops listening, in which asyncio hands over the connections that
-# it has accepted. It would not close them.
+# Seconds that close() waits before it stops listening. asyncio does not close connections that
+# it has accepted but not yet passed to the server.
 ACCEPT_GRACE = 0.001
 
 # Seconds that clients have to send QUIT when the block of capture() ends.
@@ -108,7 +110,7 @@ SLOW_DELIVERY = 0.01
 # Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
 KILL_TIMEOUT = 5.0
 
-# Bytes of one read from a client, and of replies that are written together.
+# Maximum bytes of one read from a client. Queued replies are written when they have this size.
 READ_SIZE = 65_536
 
 
@@ -120,13 +122,13 @@ class Config:
     """
 
     interface: str = "127.0.0.1"
-    """Address or host name to listen on; a name stands for all of its addresses."""
+    """Address or host name to listen on; a name means all of its addresses."""
     port: int = 1025
     """TCP port; 0 selects a free one."""
     directory: str | os.PathLike[str] | None = None
-    """Maildir to store messages in; None is the current directory."""
+    """Maildir to store messages in; None means the current directory."""
     max_size: int = 33_554_432
-    """Maximum size of a message in octets (RFC 1870); 0 is no limit."""
+    """Maximum size of a message in octets (RFC 1870); 0 means no limit."""
     smtputf8: bool = True
     """Whether the SMTPUTF8 extension (RFC 6531) is offered."""
     tls: str | None = None
@@ -139,7 +141,7 @@ class Config:
     """{user: password} of the users who may log in. MAIL then requires a login. If it is
     empty, every login succeeds and none is required."""
     fail: list[str] = field(default_factory=list)
-    """Failure rules in the syntax of parse_rule(); the first rule that matches applies."""
+    """Failure rules in the syntax of parse_rule(), which Server calls."""
     strict: bool = False
     """Whether to reject messages that lint() warns about."""
     reuse_port: bool = False
@@ -184,7 +186,7 @@ class Reply:
     @cached_property
     def encoded(self) -> bytes:
         """The reply as it is sent."""
-        # RFC 2034 section 4: the status code stands on every line.
+        # RFC 2034 section 4: the status code is on every line.
         status = f"{self.status} " if self.status else ""
         *lines, last = [status + line for line in self.text.split("\n")]
         rows = [f"{self.code}-{line}\r\n" for line in lines] + [f"{self.code} {last}\r\n"]
@@ -197,7 +199,7 @@ class Reply:
 
 
 class SMTPError(Exception):
-    """A command or a message is refused. The attribute `reply` is the Reply to send.
+    """Raised to refuse a command or a message; `reply` is the Reply to send.
 
     code is from 400 to 599. status is an enhanced status code of the same class (RFC 3463).
     Raises ValueError if one of them is invalid.
@@ -266,24 +268,27 @@ _ADDRESS_LITERAL = (
 )
 # A-d-l = At-domain *( "," At-domain )
 _SOURCE_ROUTE = rf"@{_DOMAIN}(?:,@{_DOMAIN})*:"
-# Mailbox = Local-part "@" ( Domain / address-literal )
+# Mailbox = Local-part "@" ( Domain / address-literal ), or a Local-part alone
 _MAILBOX = rf"(?:{_DOT_STRING}|{_QUOTED_STRING})(?:@(?:{_DOMAIN}|{_ADDRESS_LITERAL}))?"
-_FORWARD_PATH = re.compile(rf"(?:{_SOURCE_ROUTE})?(?P<mailbox>{_MAILBOX})")
+_PATH = re.compile(rf"(?:{_SOURCE_ROUTE})?(?P<mailbox>{_MAILBOX})")
 
 # The argument of MAIL or RCPT: a path in angle brackets and the parameters. A quoted string
 # in the path may contain brackets; an unbalanced quote is left for parse_mailbox() to reject.
 # RFC 5321 section 3.3 forbids a space after the colon, but every server accepts it.
-_PATH = r':[ ]*<(?P<path>[^">]*(?:"(?:[^"\\]|\\.)*"[^">]*)*|[^>]*)>(?: +(?P<parameters>.*))?'
-_MAIL_ARGUMENT = re.compile("FROM" + _PATH, re.IGNORECASE | re.ASCII)
-_RCPT_ARGUMENT = re.compile("TO" + _PATH, re.IGNORECASE | re.ASCII)
+_PATH_AND_PARAMETERS = (
+    r':[ ]*<(?P<path>[^">]*(?:"(?:[^"\\]|\\.)*"[^">]*)*|[^>]*)>(?: +(?P<parameters>.*))?'
+)
+_MAIL_ARGUMENT = re.compile("FROM" + _PATH_AND_PARAMETERS, re.IGNORECASE | re.ASCII)
+_RCPT_ARGUMENT = re.compile("TO" + _PATH_AND_PARAMETERS, re.IGNORECASE | re.ASCII)
 
 # The argument of EHLO or HELO. RFC 5321 section 4.1.1.1 requires a domain or an address
 # literal, but applications send the name of their machine, which may be neither. Surrogates
 # stand for bytes that are not UTF-8.
 _HELO_ARGUMENT = re.compile(rf"[^{_CONTROL}\ud800-\udfff ]+")
 
-# bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2)
-_BDAT_ARGUMENT = re.compile("0*(?P<size>[0-9]{1,20})(?P<last>(?![0-9]).*)")
+# bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2). Any rest is accepted here:
+# with the size, the octets of a refused chunk can be discarded.
+_BDAT_ARGUMENT = re.compile("0*(?P<size>[0-9]{1,20})(?P<rest>(?![0-9]).*)")
 
 # xtext = *( xchar / hexchar ) (RFC 3461 section 4)
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
@@ -302,22 +307,6 @@ RCPT_PARAMETERS = {
     "NOTIFY": "=(?:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)",
     "ORCPT": f"=[a-z0-9-]+;{_XTEXT}",  # RFC 3461 section 4.2
 }
-
-
-def extensions(config: Config, *, tls: bool, user: str | None) -> list[str]:
-    """Return the keyword lines of the EHLO reply (RFC 5321 section 4.1.1.1).
-
-    tls is whether the session uses TLS. user is the name of the login, or None.
-    """
-    lines = [f"SIZE {config.max_size}", "8BITMIME"]
-    if config.smtputf8:
-        lines.append("SMTPUTF8")
-    lines += ["PIPELINING", "ENHANCEDSTATUSCODES", "CHUNKING", "BINARYMIME", "DSN", "HELP"]
-    if config.tls == "starttls" and not tls:
-        lines.append("STARTTLS")
-    if user is None:
-        lines.append("AUTH PLAIN LOGIN")
-    return lines
 
 
 def parse_parameters(text: str, known: dict[str, str]) -> dict[str, str]:
@@ -350,7 +339,7 @@ def parse_mailbox(text: str, status: str) -> str:
     """
     if not text.isascii() and re.search("[\udc80-\udcff]", text):
         raise SMTPError(501, "5.5.2", "Address is not valid UTF-8")
-    match = _FORWARD_PATH.fullmatch(text)
+    match = _PATH.fullmatch(text)
     if match is None or (match["ipv6"] and not _is_ipv6_address(match["ipv6"])):
         raise SMTPError(501, status, "Bad address syntax")
     return match["mailbox"]
@@ -474,7 +463,7 @@ def _decode_words(match: re.Match[str]) -> str:
 
 @lru_cache
 def _lenient_policy() -> email.policy.EmailPolicy:
-    import email.policy  # takes half as long to import as everything else together
+    import email.policy  # imports most of the email package; the start takes half as long again
 
     class LenientPolicy(email.policy.EmailPolicy):
         """The default policy, but header fields that do not parse are plain text."""
@@ -511,7 +500,7 @@ _REQUIRED_FIELDS = {
 _UNIQUE_FIELDS = (
     "Date From Sender Reply-To To Cc Bcc Message-ID In-Reply-To References Subject".split()
 )
-# Matches a whole field line: findall() then continues after it, not inside it.
+# ".*" consumes the rest of the line.
 _FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:.*", re.MULTILINE)
 
 # RFC 5322 section 2.1.1, without the line end
@@ -539,7 +528,7 @@ def lint(envelope: Envelope) -> list[str]:
 
 def _lint_lines(envelope: Envelope) -> list[str]:
     warnings, content = [], envelope.content
-    # Counting one byte is faster than counting two; without a bare CR, each CR is a CRLF.
+    # Counting one byte is faster than counting two; without a bare CR, each CR is part of a CRLF.
     line_end = b"\r\n" if envelope.has_bare_cr else b"\r"
     if content.count(b"\n") > content.count(line_end):
         warnings.append("bare-lf: LF without CR in the content (RFC 5321 section 2.3.8)")
@@ -551,7 +540,10 @@ def _lint_lines(envelope: Envelope) -> list[str]:
 
 
 def _has_long_line(content: bytes) -> bool:
-    """Search for a line end in windows of the maximum length, which skips the lines between."""
+    """Return whether a line has over 998 octets.
+
+    Searching backwards in a window of a line and its CRLF skips the short lines in it.
+    """
     start = 0
     while start + _MAX_LINE_LENGTH < len(content):
         end = content.rfind(b"\n", start, start + _MAX_LINE_LENGTH + len("\r\n"))
@@ -562,6 +554,7 @@ def _has_long_line(content: bytes) -> bool:
 
 
 def _lint_fields(content: bytes) -> list[str]:
+    """Return the warnings about the names of the header fields."""
     header, _ = split_content(content[:MAX_HEADER_SIZE])
     names = _FIELD_NAME.findall(header.lower())
     distinct = set(names)
@@ -586,7 +579,7 @@ def _lint_fields(content: bytes) -> list[str]:
 
 @dataclass
 class Deliver:
-    """Action: deliver the envelope, then set `reply` to the reply to the end of its content."""
+    """Action: deliver the envelope and set `reply`, which the session returns next."""
 
     envelope: Envelope
     reply: Reply = DELIVERY_FAILED
@@ -629,7 +622,8 @@ class Rule:
     verb: str
     """One of RULE_VERBS."""
     pattern: str
-    """A pattern of fnmatch in lower case."""
+    """A pattern of fnmatch in lower case, for the address of the client (CONNECT), the path
+    (MAIL, RCPT), the decoded subject (.), or the argument of other commands."""
     remaining: float
     """How many more times the rule applies."""
     action: Reply | Delay | Close | None
@@ -679,6 +673,12 @@ def _rule_action(match: re.Match[str]) -> Reply | Delay | Close | None:
     return SMTPError(int(match["code"]), status, match["text"] or "Scripted failure").reply
 
 
+def rule_text(argument: str) -> str:
+    """Return the text of a command to match: the path of MAIL and RCPT, or the argument."""
+    match = _MAIL_ARGUMENT.fullmatch(argument) or _RCPT_ARGUMENT.fullmatch(argument)
+    return match["path"] if match else argument
+
+
 class Rules:
     """The failure rules of a server. Raises ValueError for a rule that does not parse."""
 
@@ -688,15 +688,15 @@ class Rules:
             self._by_verb.setdefault(rule.verb, []).append(rule)
 
     def matching_actions(
-        self, verb: str, subject: Callable[[], str], peer: str
+        self, verb: str, get_text: Callable[[], str], peer: str
     ) -> list[Reply | Delay | Close]:
         """Return the actions of the rules that match: delays, then one Reply or Close at most.
 
-        subject() returns the text to match with the pattern. peer is for the log.
+        get_text() returns the text to match with the patterns. peer is for the log.
         """
         actions: list[Reply | Delay | Close] = []
         for rule in self._by_verb.get(verb, []):
-            if not rule.remaining or not fnmatchcase(subject().lower(), rule.pattern):
+            if not rule.remaining or not fnmatchcase(get_text().lower(), rule.pattern):
                 continue
             rule.remaining -= 1
             log.info("%s: rule %s", peer, rule.text)
@@ -718,8 +718,8 @@ class Transaction:
     mail_options: dict[str, str]
     rcpt_tos: list[str] = field(default_factory=list)
     rcpt_options: list[dict[str, str]] = field(default_factory=list)
-    envelope_size: int = 0
-    """Octets of the arguments of RCPT."""
+    rcpt_arguments: int = 0
+    """Characters of the arguments of all RCPT commands."""
     content: bytearray = field(default_factory=bytearray)
     chunks: int = 0
     """How many BDAT commands were accepted."""
@@ -735,13 +735,14 @@ class Transaction:
 class SharedState:
     """What the sessions of a server share: the failure rules, and memory for content.
 
-    content_limit is the number of octets that they may hold together. Raises ValueError for
-    a rule that does not parse.
+    Raises ValueError for a rule that does not parse.
     """
 
-    def __init__(self, config: Config, content_limit: float = float("inf")) -> None:
+    def __init__(self, config: Config) -> None:
         self.rules = Rules(config.fail)
-        self.content_limit = content_limit
+        self.content_limit = float(max(MAX_CONTENT_IN_MEMORY, 2 * config.max_size))
+        if config.max_size == 0:
+            self.content_limit = float("inf")
         self.reserved = 0
         """Octets of content that all sessions hold."""
         self.rejected_messages = 0
@@ -774,6 +775,22 @@ def _sasl_login() -> SASLExchange:
 SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login}
 
 
+def extensions(config: Config, *, tls: bool, user: str | None) -> list[str]:
+    """Return the keyword lines of the EHLO reply (RFC 5321 section 4.1.1.1).
+
+    tls is whether the session uses TLS. user is the name of the login, or None.
+    """
+    lines = [f"SIZE {config.max_size}", "8BITMIME"]
+    if config.smtputf8:
+        lines.append("SMTPUTF8")
+    lines += ["PIPELINING", "ENHANCEDSTATUSCODES", "CHUNKING", "BINARYMIME", "DSN", "HELP"]
+    if config.tls == "starttls" and not tls:
+        lines.append("STARTTLS")
+    if user is None:
+        lines.append("AUTH PLAIN LOGIN")
+    return lines
+
+
 class Session:
     """The server side of an SMTP session, without I/O: bytes in, actions out.
 
@@ -790,16 +807,16 @@ class Session:
         self.user: str | None = None
         self.transaction: Transaction | None = None
         self._shared = SharedState(config) if shared is None else shared
-        self._reserved = 0
+        self._reserved = 0  # the part of shared.reserved that belongs to this session
         self._buffer = bytearray()
-        self._searched = 0  # octets of the buffer that have no line end
-        self._line_end = b"\r\n"  # of the last command
+        self._searched = 0  # octets at the start of the buffer without a line end
+        self._line_end = b"\r\n"  # the line end of the last command
         self._chunk_remaining = 0  # octets of the current BDAT chunk that have not arrived
         self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
         self._protocol_warnings: list[str] = []
         self._errors = 0
-        self._now = 0.0
-        self._state: State = self._greet
+        self._now = 0.0  # the time of the last call of receive()
+        self._state: State = self._connect
 
     def receive(self, data: bytes, now: float) -> Iterator[Action]:
         """Process bytes from the client and yield the actions they cause.
@@ -824,8 +841,6 @@ class Session:
         self._reserve(0)
 
     def _next_action(self) -> Action | None:
-        if self.transaction is None:
-            self._reserve(0)
         try:
             action = self._state()
         except SMTPError as error:
@@ -860,6 +875,8 @@ class Session:
                 log.debug("%s S: %s", self.peer, line)
 
     def _log_command(self, line: str) -> None:
+        # "AUTHPLAIN" is a typing error that may have a secret as its argument.
+        self._auth_seen = self._auth_seen or "AUTH" in line.partition(" ")[0].upper()
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s C: %s", self.peer, self._masked(line))
 
@@ -867,10 +884,12 @@ class Session:
         """Return the line without secrets, such as the arguments of AUTH."""
         words = line.upper().split()
         if words and "AUTH" in words[0]:
-            self._auth_seen = True
-            mechanism = [word for word in words[1:2] if word in SASL_MECHANISMS]
-            secret = ["***"] if len(words) > 1 + len(mechanism) else []
-            return " ".join(["AUTH", *mechanism, *secret])
+            shown = ["AUTH"]
+            if len(words) > 1 and words[1] in SASL_MECHANISMS:
+                shown.append(words[1])
+            if len(words) > len(shown):
+                shown.append("***")
+            return " ".join(shown)
         # A client may send a response after the exchange has failed.
         if self._auth_seen and words and words[0] not in _COMMANDS:
             return "***"
@@ -878,42 +897,41 @@ class Session:
 
     # Failure rules
 
-    def _apply_rules(self, verb: str, subject: Callable[[], str], proceed: State) -> Action | None:
-        """Return the first action of the matching rules; without one, that of proceed().
+    def _apply_rules(self, verb: str, get_text: Callable[[], str], proceed: State) -> Action | None:
+        """Return the first action of the matching rules, or proceed() if none matches.
 
-        A rule that replies or closes the connection replaces proceed().
+        If a rule replies, proceed() is not called, and the session stays in its current state.
         """
-        actions = self._shared.rules.matching_actions(verb, subject, self.peer)
+        actions = self._shared.rules.matching_actions(verb, get_text, self.peer)
         return self._run_actions(actions, self._state, proceed) if actions else proceed()
 
     def _run_actions(
         self, actions: list[Reply | Delay | Close], resume: State, proceed: State
     ) -> Action | None:
-        """State: return the actions one by one, then proceed in the state `resume`."""
+        """State: return the delays one by one, then the reply of a rule or proceed()."""
+        if actions and isinstance(actions[0], Delay):
+            self._state = partial(self._run_actions, actions[1:], resume, proceed)
+            return actions[0]
         self._state = resume
-        if not actions:
-            return proceed()
-        first, *rest = actions
-        if rest or isinstance(first, Delay):
-            self._state = partial(self._run_actions, rest, resume, proceed)
-        return first
+        return actions[0] if actions else proceed()
 
     # The greeting
 
-    def _greet(self) -> Action | None:
+    def _connect(self) -> Action | None:
         self._state = self._reject_command  # after a rule that refuses the client
         address = self.peer.rpartition(":")[0].strip("[]")
-        return self._apply_rules("CONNECT", lambda: address, self._greeting)
+        return self._apply_rules("CONNECT", lambda: address, self._send_greeting)
 
-    def _greeting(self) -> Reply:
+    def _send_greeting(self) -> Reply:
         self._state = self._read_command
         return GREETING
 
     def _reject_command(self) -> Reply | None:
         """State: RFC 5321 section 3.1 allows only QUIT after a greeting that refuses."""
-        line = self._read_line(self._reject_command)
+        line = self._read_line()
         if line is None:
             return None
+        self._log_command(line.decode("utf-8", "replace").rstrip())
         if line.strip().upper() != b"QUIT":
             raise SMTPError(503, "5.5.1", "Only QUIT is allowed after a refused greeting")
         return BYE
@@ -925,7 +943,10 @@ class Session:
     # Command lines
 
     def _read_command(self) -> Action | None:
-        line = self._read_line(self._read_command)
+        # Content counts until its delivery has ended.
+        if self.transaction is None:
+            self._reserve(0)
+        line = self._read_line()
         if line is None:
             return None
         if line.endswith(b"\r\n"):
@@ -944,44 +965,32 @@ class Session:
             command = partial(_COMMANDS[verb], self, argument)
             if verb == "BDAT":  # applies the rules itself, when it knows the chunk size
                 return command()
-            return self._apply_rules(verb, lambda: _rule_subject(argument), command)
+            return self._apply_rules(verb, lambda: rule_text(argument), command)
         if verb in _UNIMPLEMENTED_VERBS:
             raise SMTPError(502, "5.5.1", "Command not implemented")
         if verb in _HTTP_VERBS:
-            log.warning("%s: speaks HTTP, not SMTP", self.peer)
+            log.warning("%s: HTTP request refused", self.peer)
             raise SMTPError(421, "4.7.0", "HTTP request refused")
         raise SMTPError(500, "5.5.2", "Command not recognized")
 
-    def _read_line(self, resume: State) -> bytes | None:
+    def _read_line(self) -> bytes | None:
         """Return the next line with its line end, or None if it is incomplete.
 
-        A bare LF ends a line, so that a person can type a session with netcat. resume is the
-        state after a line that is too long; SMTPError is raised at the end of that line.
+        A bare LF ends a line, so that a person can type a session with netcat. Raises
+        SMTPError at the end of a line that is too long.
         """
         end = self._buffer.find(b"\n", self._searched) + 1
         if end == 0:
+            # The line is already too long without the octets that are discarded here.
+            del self._buffer[MAX_COMMAND_LENGTH:]
             self._searched = len(self._buffer)
-            if self._searched >= MAX_COMMAND_LENGTH:
-                self._state = partial(self._skip_line, resume)
             return None
         line = bytes(self._buffer[:end])
         del self._buffer[:end]
         self._searched = 0
         if end > MAX_COMMAND_LENGTH:
-            self._state = resume
             raise SMTPError(500, "5.5.2", "Line too long")
         return line
-
-    def _skip_line(self, resume: State) -> None:
-        """State: discard the rest of a line that is too long."""
-        end = self._buffer.find(b"\n") + 1
-        self._searched = 0
-        if end == 0:
-            self._buffer.clear()
-            return
-        del self._buffer[:end]
-        self._state = resume
-        raise SMTPError(500, "5.5.2", "Line too long")
 
     def _warn(self, warning: str) -> None:
         """Add a warning about the dialogue to those of the next message."""
@@ -989,7 +998,7 @@ class Session:
             self._protocol_warnings.append(warning)
 
     def _warn_if_pipelined(self, verb: str) -> None:
-        """RFC 2920 section 3.1: such a command must be the last one of a group."""
+        """Warn if data arrived before the reply to this command (RFC 2920 section 3.1)."""
         if self._buffer:
             self._warn(
                 f"early-talker: data was sent before the reply to {verb} (RFC 2920 section 3.1)"
@@ -1000,9 +1009,9 @@ class Session:
     def _read_content(self, transaction: Transaction) -> Action | None:
         """State: read content up to the line with a single dot (RFC 5321 section 4.5.2).
 
-        The line end of the DATA command stays in front of the content, so that each line of
-        the content follows a line end. Only that sequence counts as a line end: nothing else
-        made of CR, LF and dots can end the message (SMTP smuggling).
+        _data() puts the line end of the DATA command back in front of the content, so that
+        each line follows a line end. Only the line end that DATA had is recognized: no other
+        combination of CR, LF and dots can end the message (SMTP smuggling).
         """
         buffer, line_end = self._buffer, self._line_end
         terminator = line_end + b"." + line_end
@@ -1011,7 +1020,7 @@ class Session:
         end = buffer.find(terminator)
         if end >= 0:
             self._append_unstuffed(transaction, end + len(line_end))
-            del buffer[: len(terminator) - len(line_end)]
+            del buffer[: len(b"." + line_end)]
             del transaction.content[: len(line_end)]
             self._state = self._read_command
             return self._end_content(transaction)
@@ -1035,9 +1044,9 @@ class Session:
         if transaction.error is None:
             transaction.content += octets
             transaction.error = self._size_error(len(transaction.content) - overhead)
-        if transaction.error is not None:
-            transaction.content.clear()
-        self._reserve(len(transaction.content))
+            if transaction.error is not None:
+                transaction.content.clear()
+            self._reserve(len(transaction.content))
 
     def _size_error(self, size: int) -> SMTPError | None:
         """Return the error for a message of this size, if it is too large."""
@@ -1064,8 +1073,9 @@ class Session:
 
     def _skip_chunk(self) -> Action | None:
         """State: discard the octets of a refused chunk; they are not commands."""
+        # The message lacks this chunk. Before RCPT, BDAT is an error that changes nothing.
         if self.transaction is not None and self.transaction.rcpt_tos:
-            self.transaction = None  # one of its chunks is missing
+            self.transaction = None
         skipped = min(self._chunk_remaining, len(self._buffer))
         del self._buffer[:skipped]
         self._chunk_remaining -= skipped
@@ -1126,22 +1136,23 @@ class Session:
         self._state = self._read_command
         return delivery.reply
 
-    # Commands: one method for each verb. It returns the reply or raises SMTPError.
+    # Commands: one method for each verb. Each returns its reply, or the action of the state that
+    # follows, or raises SMTPError.
 
     def _ehlo(self, argument: str) -> Reply:
         self._warn_if_pipelined("EHLO")
-        self._greet_client("EHLO", argument)
+        self._set_helo("EHLO", argument)
         self.extended = True
         keywords = extensions(self.config, tls=self.tls, user=self.user)
         return Reply(250, "", "\n".join([HOSTNAME, *keywords]))
 
     def _helo(self, argument: str) -> Reply:
         self._warn_if_pipelined("HELO")
-        self._greet_client("HELO", argument)
+        self._set_helo("HELO", argument)
         self.extended = False
         return Reply(250, "", HOSTNAME)
 
-    def _greet_client(self, verb: str, argument: str) -> None:
+    def _set_helo(self, verb: str, argument: str) -> None:
         if not _HELO_ARGUMENT.fullmatch(argument):
             raise SMTPError(501, "5.5.4", f"Syntax: {verb} hostname")
         # RFC 5321 section 4.1.4: both commands reset the transaction.
@@ -1176,8 +1187,8 @@ class Session:
             raise SMTPError(503, "5.5.1", "Send MAIL first")
         if transaction.chunks:
             raise SMTPError(503, "5.5.1", "RCPT is not allowed after BDAT")
-        envelope_size = transaction.envelope_size + len(argument)
-        if len(transaction.rcpt_tos) >= MAX_RECIPIENTS or envelope_size > MAX_ENVELOPE_SIZE:
+        rcpt_arguments = transaction.rcpt_arguments + len(argument)
+        if len(transaction.rcpt_tos) >= MAX_RECIPIENTS or rcpt_arguments > MAX_RCPT_ARGUMENTS:
             # RFC 5321 section 4.5.3.1.10
             raise SMTPError(452, "4.5.3", "Too many recipients")
         match = _RCPT_ARGUMENT.fullmatch(argument)
@@ -1186,7 +1197,7 @@ class Session:
         rcpt_options = self._parse_parameters(match["parameters"], RCPT_PARAMETERS)
         rcpt_to = parse_mailbox(match["path"], "5.1.3")
         _require_smtputf8(rcpt_to, transaction.mail_options)
-        transaction.envelope_size = envelope_size
+        transaction.rcpt_arguments = rcpt_arguments
         transaction.rcpt_tos.append(rcpt_to)
         transaction.rcpt_options.append(rcpt_options)
         return RECIPIENT_OK
@@ -1205,7 +1216,7 @@ class Session:
         if transaction.body_type == "BINARYMIME":
             raise SMTPError(503, "5.5.1", "BODY=BINARYMIME requires BDAT")
         self._warn_if_pipelined("DATA")
-        self._buffer[:0] = self._line_end
+        self._buffer[:0] = self._line_end  # see _read_content()
         self._state = partial(self._read_content, transaction)
         return START_CONTENT
 
@@ -1217,18 +1228,18 @@ class Session:
         self._chunk_remaining = int(match["size"])
         self._state = self._skip_chunk
         return self._apply_rules(
-            "BDAT", lambda: argument, partial(self._begin_chunk, match["last"])
+            "BDAT", lambda: argument, partial(self._begin_chunk, match["rest"])
         )
 
-    def _begin_chunk(self, last: str) -> Action | None:
-        if last and not re.fullmatch(" +LAST", last, re.IGNORECASE | re.ASCII):
+    def _begin_chunk(self, rest: str) -> Action | None:
+        if rest and not re.fullmatch(" +LAST", rest, re.IGNORECASE | re.ASCII):
             raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
         transaction = self._require_recipients()
         error = self._size_error(len(transaction.content) + self._chunk_remaining)
         if error is not None:
             raise error
         transaction.chunks += 1
-        self._state = partial(self._read_chunk, transaction, last=bool(last))
+        self._state = partial(self._read_chunk, transaction, last=bool(rest))
         return self._state()
 
     def _require_recipients(self) -> Transaction:
@@ -1300,11 +1311,12 @@ class Session:
 
     def _read_response(self, exchange: SASLExchange) -> Reply | None:
         """State: read a line of base64, or "*", which cancels (RFC 4954 section 4)."""
-        line = self._read_line(self._read_command)
+        self._state = self._read_command  # also after a line that is too long
+        line = self._read_line()
         if line is None:
+            self._state = partial(self._read_response, exchange)
             return None
         log.debug("%s C: ***", self.peer)
-        self._state = self._read_command
         if line.strip() == b"*":
             raise SMTPError(501, "5.7.0", "Authentication cancelled")
         return self._sasl_step(exchange, line.strip())
@@ -1329,6 +1341,7 @@ class Session:
         return LOGIN_SUCCEEDED
 
 
+# A new command also belongs in RULE_VERBS and, if it is an extension, in extensions().
 _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
     "EHLO": Session._ehlo,
     "HELO": Session._helo,
@@ -1370,16 +1383,10 @@ def _require_ascii(envelope: Envelope) -> None:
         raise SMTPError(554, "5.6.1", "Non-ASCII body requires BODY=8BITMIME")
 
 
-def _rule_subject(argument: str) -> str:
-    """Return what a rule matches: the address of MAIL and RCPT, or the whole argument."""
-    match = _MAIL_ARGUMENT.fullmatch(argument) or _RCPT_ARGUMENT.fullmatch(argument)
-    return match["path"] if match else argument
-
-
 # --- Storage --------------------------------------------------------------------------
 
 # Characters of a folded header line. Each has up to four octets in UTF-8, so that a line has
-# less than the 998 octets of RFC 5322 section 2.1.1.
+# fewer than the 998 octets of RFC 5322 section 2.1.1.
 _FOLD_WIDTH = 240
 
 # Characters that have no meaning in a Received field: no parentheses, semicolons or spaces.
@@ -1430,7 +1437,7 @@ class MaildirStore:
     """Stores messages in a Maildir. Several threads and processes may use the same one.
 
     directory is created if it is missing, and completed if it is empty or has one of the
-    folders of a Maildir. None is the current directory, which is always completed. Raises
+    folders of a Maildir. None means the current directory, which is always completed. Raises
     mailbox.Error for another directory, and OSError; nothing is created then.
     """
 
@@ -1445,7 +1452,7 @@ class MaildirStore:
         """Return the number of messages in the Maildir."""
         return len(mailbox.Maildir(self.path, create=False))
 
-    def deliver(self, envelope: Envelope) -> Path:
+    def store(self, envelope: Envelope) -> Path:
         """Store a message, and return its path.
 
         The file is complete and flushed to disk when this returns. Raises SMTPError 451 if
@@ -1482,7 +1489,7 @@ def _require_maildir(path: Path) -> None:
 
 
 def _stored_content(envelope: Envelope) -> bytes:
-    """Return the content with LF as line end, the custom in a Maildir. Bare CR are kept."""
+    """Return the content with LF as line end, the custom in a Maildir. Bare CRs are kept."""
     if envelope.mail_options.get("BODY", "").upper() == "BINARYMIME":
         return envelope.content
     if envelope.has_bare_cr:
@@ -1514,6 +1521,11 @@ class Connection:
 
     deliver(envelope) returns the reply to the end of the content. tls_context is for the
     action StartTLS, and for a session that starts with TLS.
+
+    interrupt() ends the session: it stores the final reply and cancels the task, and _close()
+    sends the reply. A delivery is never cancelled; the session then ends after it and after
+    the bytes that were read together with it. _check_idle() calls interrupt(). abort() is for
+    a client that does not read the last reply.
     """
 
     def __init__(
@@ -1531,10 +1543,10 @@ class Connection:
         self._tls_context = tls_context
         self._unsent = bytearray()  # replies that are not written yet
         self._action: Action | None = None  # the action in progress
-        self._final_reply: Reply | None = None  # why the session was interrupted
+        self._final_reply: Reply | None = None  # the reply that ends the session, from interrupt()
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
-        self._last_progress = self._loop.time()
+        self._last_activity = self._loop.time()
         self._idle_timer = self._loop.call_later(IDLE_TIMEOUT, self._check_idle)
         # asyncio allocates max_size bytes for each read, by default 256 KiB. Other event loops
         # do not have this attribute.
@@ -1547,7 +1559,7 @@ class Connection:
         try:
             await self._converse()
         except asyncio.CancelledError:
-            if self._final_reply is None:  # the event loop ends
+            if self._final_reply is None:  # not by interrupt(): the event loop ends
                 self._writer.transport.abort()
         except OSError as error:
             log.debug("%s: %s", self._session.peer, error)
@@ -1557,7 +1569,7 @@ class Connection:
             await self._close()
 
     def interrupt(self, reply: Reply) -> None:
-        """End the session with this reply, after a delivery in progress."""
+        """End the session with this reply; a delivery in progress is finished first."""
         self._final_reply = reply
         if self._task is not None and not isinstance(self._action, Deliver):
             self._task.cancel()
@@ -1588,7 +1600,7 @@ class Connection:
             data = await self._reader.read(READ_SIZE)
             if not data:
                 return
-            self._last_progress = self._loop.time()
+            self._last_activity = self._loop.time()
 
     async def _queue(self, reply: Reply) -> None:
         self._unsent += reply.encoded
@@ -1616,11 +1628,11 @@ class Connection:
                 action.reply = await self._deliver(action.envelope)
             elif isinstance(action, StartTLS):
                 await self._start_tls()
-            elif isinstance(action, Delay):
+            elif isinstance(action, Delay) and self._final_reply is None:
                 await asyncio.sleep(action.seconds)
         finally:
             self._action = None
-            self._last_progress = self._loop.time()
+            self._last_activity = self._loop.time()
 
     async def _start_tls(self) -> None:
         """Replace the streams; bytes that arrived in plain text stay in the old reader.
@@ -1652,7 +1664,7 @@ class Connection:
 
     async def _close(self) -> None:
         """Send the last replies, and close the connection."""
-        self._task = None  # too late to be cancelled
+        self._task = None  # interrupt() has no effect from here on
         self._session.close()
         if self._final_reply is not None:
             self._unsent += self._session.disconnect(self._final_reply).encoded
@@ -1667,12 +1679,13 @@ class Connection:
         """Interrupt the session if the client is idle, and check again later."""
         now = self._loop.time()
         if self._action is not None:
-            self._last_progress = now
-        deadline = self._last_progress + IDLE_TIMEOUT
+            self._last_activity = now
+        deadline = self._last_activity + IDLE_TIMEOUT
         if deadline <= now:
-            if self._task is None:  # the client does not read the last reply
-                self.abort()
-            self.interrupt(TIMED_OUT)
+            if self._task is None:
+                self.abort()  # the client does not read the last reply
+            else:
+                self.interrupt(TIMED_OUT)
             deadline = now + IDLE_TIMEOUT
         self._idle_timer = self._loop.call_at(deadline, self._check_idle)
 
@@ -1685,12 +1698,13 @@ Handler = Callable[[Envelope], object]
 
 
 class StoragePool:
-    """Stores the messages of an event loop in threads.
+    """Stores messages in threads, as few as possible.
 
-    Invariant: while messages wait, a thread takes one after the other, and a timer runs. A
-    thread for each message would contend with the event loop for the interpreter lock at
-    every system call. If the timer expires, the thread has met a slow message: each message
-    that still waits gets a thread of its own.
+    One thread stores the waiting messages one after another, because several would contend
+    with the event loop for the interpreter lock at every system call. If a timer expires
+    before the thread has finished, a message is slow, and each message that waits gets a
+    thread of its own. Invariant: while messages wait, the timer runs. Results are set
+    together, so that the event loop wakes up once.
     """
 
     def __init__(
@@ -1757,12 +1771,12 @@ class StoragePool:
 class Server:
     """An SMTP server in the running event loop; `async with` starts and closes it.
 
-    config and options, named as the fields of Config, say how it behaves; options take
-    precedence. handler(envelope) is called with each message, a plain function in a thread,
-    an async function in the event loop. When it returns, the reply is 250. If it raises
-    SMTPError, that is the reply; for other exceptions the reply is 451. Without a handler,
-    messages are stored in config.directory. on_message(envelope) is called in the event loop
-    with each accepted message, before the reply. Raises ValueError for an invalid option.
+    config sets the options; keyword options, named as the fields of Config, take precedence.
+    handler(envelope) is called with each message instead of storing it: in a thread if it is
+    a plain function, in the event loop if it is async. The reply is 250 when it returns, the
+    reply of the exception if it raises SMTPError, and 451 for any other exception.
+    on_message(envelope) is called in the event loop with each accepted message, before the
+    reply. Raises ValueError for an invalid option.
     """
 
     def __init__(
@@ -1781,14 +1795,13 @@ class Server:
         """The port, known once the server has started."""
         self.addresses: list[tuple[str, int]] = []
         """All addresses that the server listens on, with their ports."""
-        self.store: MaildirStore | None = None
+        self.maildir: MaildirStore | None = None
         """Where messages are stored, once the server has started; None with a handler."""
         self._handler = handler
         self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
-        content_limit = max(MAX_CONTENT_IN_MEMORY, 2 * self.config.max_size or float("inf"))
-        self._shared = SharedState(self.config, content_limit)
+        self._shared = SharedState(self.config)
         self._pool: StoragePool | None = None
         self._tls_context: ssl.SSLContext | None = None
         self._listeners: list[asyncio.Server] = []
@@ -1808,8 +1821,8 @@ class Server:
             if self.config.tls is not None:
                 self._tls_context = make_tls_context(self.config)
             if self._handler is None:
-                self.store = MaildirStore(self.config.directory)
-                self._pool = StoragePool(self.store.deliver, self._threads)
+                self.maildir = MaildirStore(self.config.directory)
+                self._pool = StoragePool(self.maildir.store, self._threads)
             on_error.pop_all()
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
         self.host, self.port = self.addresses[0]
@@ -1841,7 +1854,7 @@ class Server:
         for connection in self._connections.values():
             connection.interrupt(SHUTTING_DOWN)
         await self.wait_for_clients(STOP_TIMEOUT)
-        while self._connections:
+        while self._connections:  # abort() does not end a delivery
             for connection in self._connections.values():
                 connection.abort()
             await self.wait_for_clients(STOP_TIMEOUT)
@@ -1905,7 +1918,7 @@ class Server:
 
 
 def _call(handler: Handler, envelope: Envelope) -> object:
-    """Call a handler in a thread. A future cannot hold all exceptions, such as StopIteration."""
+    """Call a handler in a thread. A future cannot hold every exception, such as StopIteration."""
     try:
         return handler(envelope)
     except SMTPError:
@@ -2115,7 +2128,7 @@ def capture(*, handler: Handler | None = None, **options: Any) -> Iterator[Inbox
     """Run a server in a background thread for the block of a with statement; yield its Inbox.
 
     options are the fields of Config. By default, the port is a free one, and messages are
-    kept in memory only; with `directory` they are stored there. handler is that of Server.
+    kept in memory only; with `directory` they are stored there. handler is the same as for Server.
     Raises what Server and Server.start() raise.
     """
     config = replace(Config(port=0), **options)
@@ -2198,9 +2211,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv[:end_of_options])
     args.auth = dict(args.auth)
     args.command = argv[end_of_options + 1 :]
-    if end_of_options < len(argv) and not any(args.command[:1]):
+    if end_of_options < len(argv) and not (args.command and args.command[0]):
         parser.error("expected a command after --, such as: dsmtpd -p 0 -- pytest")
-    options = vars(args)
+    options = vars(args)  # each field of Config is the name of an option
     try:
         args.config = Config(**{item.name: options[item.name] for item in fields(Config)})
     except ValueError as error:
@@ -2228,17 +2241,21 @@ def _make_parser() -> argparse.ArgumentParser:
 def _add_server_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
-        "-p", "--port", type=_integer, default=Config.port, help="port; 0 selects a free one (1025)"
+        "-p",
+        "--port",
+        type=_integer,
+        default=Config.port,
+        help="TCP port; 0 selects a free one (default: 1025)",
     )
     add(
         "-i",
         "--interface",
         metavar="ADDRESS",
         default=Config.interface,
-        help="address, or a name for all of its addresses (127.0.0.1)",
+        help="address, or a name for all of its addresses (default: %(default)s)",
     )
     add("--reuse-port", action="store_true", help="share the port with other servers")
-    add("-d", "--directory", metavar="DIR", help="Maildir (the current directory)")
+    add("-d", "--directory", metavar="DIR", help="Maildir (default: the current directory)")
     add("--handler", metavar="MODULE:CALLABLE", help="call this instead of storing messages")
     add(
         "-s",
@@ -2246,7 +2263,7 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         metavar="BYTES",
         type=_integer,
         default=Config.max_size,
-        help="maximum size of a message; 0 is no limit (33554432)",
+        help="maximum size of a message; 0 means no limit (default: %(default)s)",
     )
     add(
         "--disable-smtputf8",
@@ -2259,15 +2276,15 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
 def _add_tls_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--tls", choices=["starttls", "implicit"], help="offer STARTTLS, or start with TLS")
-    add("--cert", metavar="PEM", help="certificate (a temporary one, made by openssl)")
-    add("--key", metavar="PEM", help="private key (in the file of the certificate)")
+    add("--cert", metavar="PEM", help="certificate (default: a temporary one)")
+    add("--key", metavar="PEM", help="private key (default: in the --cert file)")
     add(
         "--auth",
         metavar="USER:PASSWORD",
         type=_credentials,
         action="append",
         default=[],
-        help="require this login; repeatable (any login is accepted)",
+        help="require this login; repeatable (default: accept any login, require none)",
     )
 
 
@@ -2331,7 +2348,7 @@ def _rule(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the program; raises SystemExit with the exit status."""
-    # A handler that imports dsmtpd gets this module, also if it runs as a script.
+    # A handler that imports dsmtpd gets this module, even when it runs as a script.
     sys.modules.setdefault("dsmtpd", sys.modules[__name__])
     args = parse_args(argv)
     _configure_logging(args)
@@ -2349,7 +2366,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def _configure_logging(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
-    # Its warnings are about clients that have disconnected before their replies.
+    # asyncio warns about clients that have disconnected before they got their replies.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     if args.verbose:
         log.setLevel(logging.DEBUG)
@@ -2418,11 +2435,11 @@ class _Program:
     def _announce(self, server: Server) -> None:
         for address in server.addresses:
             log.info("Starting dsmtpd %s at %s", __version__, format_address(address))
-        if server.store is None:
+        if server.maildir is None:
             log.info("Handing the incoming emails to %s", self._args.handler)
         else:
-            log.info("Storing the incoming emails into %s", server.store.path)
-            log.info("Found a Maildir storage with %s mails", server.store.count())
+            log.info("Storing the incoming emails into %s", server.maildir.path)
+            log.info("Found a Maildir storage with %s mails", server.maildir.count())
         if self._args.json:
             for host, port in server.addresses:
                 _print_event("listening", host=host, port=port, version=__version__)
@@ -2443,7 +2460,7 @@ class _Program:
         if self._process is not None:
             name = "SIGKILL" if repeated else signal.Signals(number).name
             _signal_command(self._process, name)
-        elif repeated and not self._args.command:  # a command has a directory to remove
+        elif repeated and not self._args.command:  # main() removes its temporary directory
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -2451,7 +2468,7 @@ class _Program:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stop.wait(), self._args.timeout)
         if self._args.expect is not None and self._received >= self._args.expect:
-            await server.wait_for_clients(STOP_TIMEOUT)  # until they have sent QUIT
+            await server.wait_for_clients(STOP_TIMEOUT)
         return 0
 
     async def _run_command(self, server: Server) -> int:
@@ -2489,8 +2506,8 @@ class _Program:
         """Return the environment variables that tell the command where to send messages."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
         env = {"SMTP_HOST": host, "SMTP_PORT": str(server.port)}
-        if server.store is not None:
-            env["DSMTPD_MAILDIR"] = str(server.store.path)
+        if server.maildir is not None:
+            env["DSMTPD_MAILDIR"] = str(server.maildir.path)
         return env
 
 

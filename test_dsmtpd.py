@@ -915,7 +915,8 @@ def test_bdat_chunks_share_size_limit() -> None:
 
 def test_bdat_with_insufficient_storage() -> None:
     client = client_with_recipient()
-    client.session._shared = shared = dsmtpd.SharedState(Config(), 100)
+    client.session._shared = shared = dsmtpd.SharedState(Config())
+    shared.content_limit = 100
     assert client.send(b"BDAT 99\r\n" + b"x" * 99) == b"250 2.0.0 OK\r\n"
     assert (
         client.send(b"BDAT 9 LAST\r\n123") == b"452 4.3.1 Insufficient storage, try again later\r\n"
@@ -944,7 +945,7 @@ def test_binary_content_is_stored_unchanged(tmp_path: Path) -> None:
     store = dsmtpd.MaildirStore(tmp_path)
     binary = b"Content-Transfer-Encoding: binary\r\n\r\n\x00\r\n\xff"
     for body, content in (("BINARYMIME", binary), ("8BITMIME", binary.replace(b"\r\n", b"\n"))):
-        path = store.deliver(envelope(mail_options={"BODY": body}, content=binary))
+        path = store.store(envelope(mail_options={"BODY": body}, content=binary))
         assert path.read_bytes().endswith(b" +0000\n" + content)
 
 
@@ -1000,7 +1001,8 @@ def test_recipient_size_limit() -> None:
 
 
 def test_content_limit_of_all_sessions() -> None:
-    shared = dsmtpd.SharedState(Config(), 1000)
+    shared = dsmtpd.SharedState(Config())
+    shared.content_limit = 1000
     clients = [client_with_recipient(), client_with_recipient()]
     for client in clients:
         client.session._shared = shared
@@ -1400,7 +1402,7 @@ def test_trace_header_with_unsafe_helo() -> None:
 def test_stored_file(tmp_path: Path) -> None:
     store = dsmtpd.MaildirStore(tmp_path / "deep" / "mail")
     content = b"Subject: Hi\r\n\r\n8-bit \xff, bare \r, bare \n, \x00\r\n\r\r\nno end"
-    path = store.deliver(envelope(content=content))
+    path = store.store(envelope(content=content))
     assert path.parent == tmp_path / "deep" / "mail" / "new"
     data = path.read_bytes()
     header, _, rest = data.partition(b"Subject: ")
@@ -1414,7 +1416,7 @@ def test_stored_file(tmp_path: Path) -> None:
 def test_concurrent_deliveries(tmp_path: Path) -> None:
     stores = [dsmtpd.MaildirStore(tmp_path / "mail") for _ in range(2)]
     threads = [
-        threading.Thread(target=lambda store=store: [store.deliver(envelope()) for _ in range(50)])
+        threading.Thread(target=lambda store=store: [store.store(envelope()) for _ in range(50)])
         for store in stores * 2
     ]
     for thread in threads:
@@ -1479,11 +1481,11 @@ def test_storage_error(damage: Callable[[Path], Callable[[], None]], tmp_path: P
     store = dsmtpd.MaildirStore(mail)
     repair = damage(mail)
     with pytest.raises(SMTPError) as caught:
-        store.deliver(envelope())
+        store.store(envelope())
     assert caught.value.reply == Reply(451, "4.3.0", "Cannot store the message, try again later")
     assert not [path for path in mail.rglob("*") if path.is_file() and path.name != "new"]
     repair()
-    store.deliver(envelope())
+    store.store(envelope())
     assert store.count() == 1
 
 
