@@ -51,6 +51,10 @@ if TYPE_CHECKING:
     import email.policy
     import ssl
 
+# Python 3.7 and older report a syntax error and show the next line.
+if (python := sys.version_info) < (3, 10):  # dsmtpd requires Python 3.10 or newer
+    sys.exit("dsmtpd requires Python 3.10 or newer, not {}.{}".format(*python))
+
 __version__ = "2.0.0"
 __all__ = ["Config", "Envelope", "Inbox", "Reply", "SMTPError", "Server", "capture"]
 
@@ -61,8 +65,8 @@ log.addHandler(logging.NullHandler())
 
 # --- Limits and configuration -------------------------------------------------------
 
-# Length of a command line in octets, CRLF included. RFC 5321 section 4.5.3.1.4 requires 512
-# and RFC 4954 section 4 requires 12,288 for AUTH. One limit for all commands is simpler.
+# Length of a command line in octets, CRLF included. RFC 5321 section 4.5.3.1.4 requires 512;
+# RFC 4954 section 4 recommends 12,288 for AUTH. One limit for all commands is simpler.
 MAX_COMMAND_LENGTH = 12_288
 
 # Recipients of one message. RFC 5321 section 4.5.3.1.8 requires 100; Postfix accepts 1000.
@@ -75,6 +79,10 @@ MAX_RCPT_ARGUMENTS = 512 * 1024
 # It is the default of smtpd_hard_error_limit in Postfix.
 MAX_ERRORS = 20
 
+# Lines of the log in a minute about refused commands, so that a client in a loop cannot fill
+# the disk.
+MAX_REFUSALS_LOGGED = 100
+
 # Sessions at the same time, so that a loop in a client cannot exhaust the machine.
 MAX_CONNECTIONS = 1000
 
@@ -83,13 +91,13 @@ MAX_CONNECTIONS = 1000
 MAX_CONTENT_IN_MEMORY = 256 * 1024 * 1024
 
 # Octets of the content in which the Subject field is searched.
-MAX_SUBJECT_OFFSET = 65_536
+SUBJECT_SEARCH_SIZE = 65_536
 
 # Octets of the content in which the lint searches for the header fields.
-MAX_HEADER_SIZE = 1_048_576
+FIELDS_SEARCH_SIZE = 1_048_576
 
 # Characters of adjacent encoded-words that are decoded; the decoder is slow for long ones.
-MAX_ENCODED_WORDS = 4096
+MAX_ENCODED_LENGTH = 4096
 
 # Seconds without a byte from the client. RFC 5321 section 4.5.3.2.7 requires five minutes.
 IDLE_TIMEOUT = 300.0
@@ -104,8 +112,12 @@ ACCEPT_GRACE = 0.001
 # Seconds that clients have to send QUIT when the block of capture() ends.
 QUIT_GRACE = 0.2
 
-# Seconds after which the messages that wait for a thread get threads of their own.
+# Seconds after which a thread that stores messages counts as blocked, and the messages that wait
+# for it get threads of their own.
 SLOW_DELIVERY = 0.01
+
+# Seconds that a handler has to return when the block of capture() ends.
+HANDLER_TIMEOUT = 10.0
 
 # Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
 KILL_TIMEOUT = 5.0
@@ -192,6 +204,9 @@ class Reply:
         rows = [f"{self.code}-{line}\r\n" for line in lines] + [f"{self.code} {last}\r\n"]
         return "".join(rows).encode("ascii", "replace")
 
+    def __str__(self) -> str:
+        return " ".join([str(self.code), self.status, *self.text.split("\n")])
+
     @property
     def closes_connection(self) -> bool:
         """Whether the server closes the connection after it (RFC 5321 section 3.8)."""
@@ -214,12 +229,8 @@ class SMTPError(Exception):
         self.reply = Reply(code, status, " ".join(text.split()))
 
 
-def _host_name() -> str:
-    """Return the name of this machine for replies and file names, without a DNS lookup."""
-    return re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
-
-
-HOSTNAME = _host_name()
+# The name of this machine for replies and file names, without a DNS lookup
+HOSTNAME = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
 
 GREETING = Reply(220, "", f"{HOSTNAME} ESMTP dsmtpd {__version__}")
 OK = Reply(250, "2.0.0", "OK")
@@ -241,11 +252,11 @@ TIMED_OUT = Reply(421, "4.4.2", "Idle timeout")
 #
 # Each regular expression takes time linear in the length of the text.
 
-# Control characters, C0 and C1: terminals obey them. Everything outside ASCII but C1 may be
-# UTF8-non-ascii (RFC 6531 section 3.3).
-_CONTROL = r"\x00-\x1f\x7f-\x9f"
+# The control characters C0 and C1, which terminals interpret, and the Unicode line separators.
+# All other characters outside ASCII are UTF8-non-ascii (RFC 6531 section 3.3).
+_CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
 
-# The sets below list the characters that do not belong to them: such a set compiles faster.
+# The sets below are negated, so that they include everything outside ASCII.
 
 # atext = ALPHA / DIGIT / "!" / "#" / "$" / ... (RFC 5322 section 3.2.3)
 _ATEXT = rf'[^{_CONTROL} "(),.:;<>@\[\\\]]'
@@ -293,19 +304,22 @@ _BDAT_ARGUMENT = re.compile("0*(?P<size>[0-9]{1,20})(?P<rest>(?![0-9]).*)")
 # xtext = *( xchar / hexchar ) (RFC 3461 section 4)
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
 
+# RFC 3461 sections 4.2 and 4.4: the decoded text is printable
+_PRINTABLE_XTEXT = r"(?:[!-*,-<>-~]|\+(?:[2-6][0-9A-F]|7[0-9A-E]))+"
+
 # {keyword: regular expression for what follows the keyword}
 MAIL_PARAMETERS = {
-    "SIZE": "=[0-9]{1,20}",  # RFC 1870 section 6.1
+    "SIZE": "=[0-9]{1,20}",  # RFC 1870 section 3
     "BODY": "=(?:7BIT|8BITMIME|BINARYMIME)",  # RFC 6152, RFC 3030 section 3
     "SMTPUTF8": "",  # RFC 6531 section 3.4
     "AUTH": f"={_XTEXT}",  # RFC 4954 section 5; "<>" is valid xtext
     "RET": "=(?:FULL|HDRS)",  # RFC 3461 section 4.3
-    "ENVID": f"={_XTEXT}",  # RFC 3461 section 4.4
+    "ENVID": f"={_PRINTABLE_XTEXT}",  # RFC 3461 section 4.4
 }
 RCPT_PARAMETERS = {
     # RFC 3461 section 4.1
     "NOTIFY": "=(?:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)",
-    "ORCPT": f"=[a-z0-9-]+;{_XTEXT}",  # RFC 3461 section 4.2
+    "ORCPT": f"=[a-z0-9-]+;{_PRINTABLE_XTEXT}",  # RFC 3461 section 4.2
 }
 
 
@@ -428,7 +442,7 @@ class Envelope:
     @cached_property
     def subject(self) -> str:
         """The decoded Subject field as one line; "" if there is none."""
-        match = re.match(_SUBJECT_FIELD, self.content[:MAX_SUBJECT_OFFSET])
+        match = re.match(_SUBJECT_FIELD, self.content[:SUBJECT_SEARCH_SIZE])
         body = match["body"].decode("utf-8", "replace") if match else ""
         text = re.sub(_ENCODED_WORDS, _decode_words, " ".join(body.split()))
         return " ".join(text.encode("utf-8", "replace").decode().split())
@@ -453,7 +467,7 @@ _ENCODED_WORDS = f"(?i){_ENCODED_WORD}(?: {_ENCODED_WORD})*"
 
 
 def _decode_words(match: re.Match[str]) -> str:
-    if len(match[0]) > MAX_ENCODED_WORDS:
+    if len(match[0]) > MAX_ENCODED_LENGTH:
         return match[0]
     try:
         return str(email.header.make_header(email.header.decode_header(match[0])))
@@ -463,7 +477,7 @@ def _decode_words(match: re.Match[str]) -> str:
 
 @lru_cache
 def _lenient_policy() -> email.policy.EmailPolicy:
-    import email.policy  # imports most of the email package; the start takes half as long again
+    import email.policy  # only for this, because it imports most of the email package
 
     class LenientPolicy(email.policy.EmailPolicy):
         """The default policy, but header fields that do not parse are plain text."""
@@ -555,7 +569,7 @@ def _has_long_line(content: bytes) -> bool:
 
 def _lint_fields(content: bytes) -> list[str]:
     """Return the warnings about the names of the header fields."""
-    header, _ = split_content(content[:MAX_HEADER_SIZE])
+    header, _ = split_content(content[:FIELDS_SEARCH_SIZE])
     names = _FIELD_NAME.findall(header.lower())
     distinct = set(names)
     warnings = [text for name, text in _REQUIRED_FIELDS.items() if name not in distinct]
@@ -630,6 +644,9 @@ class Rule:
     """What to do; None lets the command proceed. The next rules apply only after a Delay."""
 
 
+# Commands without an argument: a pattern other than * never matches.
+_NO_ARGUMENT = ["STARTTLS", "DATA", "RSET", "QUIT"]
+
 _RULE_VERB = rf"\s*({'|'.join(map(re.escape, RULE_VERBS))})(?=\s|$)"
 _RULE_PATTERN = r"\s+(\S+)"
 _RULE_COUNT = r"(?:\s+x([1-9][0-9]{0,8})(?=\s|$))?"
@@ -647,21 +664,28 @@ def parse_rule(text: str) -> Rule:
     """
     position = 0
 
+    def error(expected: str) -> ValueError:
+        rest = text[position:].strip() or "nothing"
+        return ValueError(f"rule {text[:position]} >>>{rest}<<< expected {expected}")
+
     def match_next(pattern: str, expected: str) -> re.Match[str]:
         nonlocal position
         match = re.compile(pattern, re.IGNORECASE | re.ASCII).match(text, position)
         if match is None:
-            rest = text[position:].strip() or "nothing"
-            raise ValueError(f"rule {text[:position]} >>>{rest}<<< expected {expected}")
+            raise error(expected)
         position = match.end()
         return match
 
-    verb = match_next(_RULE_VERB, "CONNECT, a command, or . for the end of the content")[1]
-    pattern = match_next(_RULE_PATTERN, "a pattern such as * or *@example.com")[1]
+    verb = match_next(_RULE_VERB, f"one of {' '.join(RULE_VERBS)}")[1].upper()
+    argument = match_next(_RULE_PATTERN, "a pattern such as * or *@example.com")
+    pattern = argument[1].lower()
+    if verb in _NO_ARGUMENT and not fnmatchcase("", pattern):
+        position = argument.start()
+        raise error(f"*, because {verb} has no argument; for the subject of a message, use .")
     count = match_next(_RULE_COUNT, "a count such as x1")[1]
     action = match_next(_RULE_ACTION, "a code from 400 to 599, delay SECONDS, drop, or ok")
     remaining = int(count) if count else float("inf")
-    return Rule(text, verb.upper(), pattern.lower(), remaining, _rule_action(action))
+    return Rule(text, verb, pattern, remaining, _rule_action(action))
 
 
 def _rule_action(match: re.Match[str]) -> Reply | Delay | Close | None:
@@ -732,14 +756,32 @@ class Transaction:
         return self.mail_options.get("BODY", "7BIT").upper()
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A command or a message that was refused: its reply has a 4xx or 5xx code."""
+
+    time: datetime
+    """When it was refused, with a time zone."""
+    peer: str
+    """Address and port of the client."""
+    verb: str
+    """CONNECT, a command in upper case, or "." for a message, as in failure rules."""
+    argument: str
+    """The argument of the command, without secrets; sender, recipients and subject for "."."""
+    reply: Reply
+
+
 class SharedState:
     """What the sessions of a server share: the failure rules, and memory for content.
 
-    Raises ValueError for a rule that does not parse.
+    on_refusal is called with each Refusal. Raises ValueError for a rule that does not parse.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self, config: Config, on_refusal: Callable[[Refusal], object] | None = None
+    ) -> None:
         self.rules = Rules(config.fail)
+        self.on_refusal = on_refusal
         self.content_limit = float(max(MAX_CONTENT_IN_MEMORY, 2 * config.max_size))
         if config.max_size == 0:
             self.content_limit = float("inf")
@@ -747,6 +789,23 @@ class SharedState:
         """Octets of content that all sessions hold."""
         self.rejected_messages = 0
         """How many messages were rejected because of config.strict."""
+        self._minute = 0.0
+        self._refusals = 0  # in that minute
+
+    def report_refusal(self, refusal: Refusal, detail: str) -> None:
+        """Log a refusal, unless there are too many, and pass it on."""
+        minute = refusal.time.timestamp() // 60
+        if minute != self._minute:
+            self._minute, self._refusals = minute, 0
+        self._refusals += 1
+        if self._refusals <= MAX_REFUSALS_LOGGED:
+            name = "message" if refusal.verb == "." else refusal.verb
+            command = f"{name} {refusal.argument}".rstrip()
+            log.warning("%s: %s refused: %s%s", refusal.peer, command, refusal.reply, detail)
+        elif self._refusals == MAX_REFUSALS_LOGGED + 1:
+            log.warning("Too many refusals: the others of this minute are not logged")
+        if self.on_refusal is not None:
+            self.on_refusal(refusal)
 
 
 # The state of a session: the method that consumes the next input. It takes one unit off the
@@ -773,6 +832,9 @@ def _sasl_login() -> SASLExchange:
 
 
 SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login}
+# The names that the log shows. Another word after AUTH may be a secret.
+_SASL_NAMES = {*SASL_MECHANISMS, "CRAM-MD5", "DIGEST-MD5", "EXTERNAL", "GSSAPI", "NTLM"}
+_SASL_NAMES |= {"OAUTHBEARER", "SCRAM-SHA-1", "SCRAM-SHA-256", "XOAUTH2"}
 
 
 def extensions(config: Config, *, tls: bool, user: str | None) -> list[str]:
@@ -812,6 +874,10 @@ class Session:
         self._searched = 0  # octets at the start of the buffer without a line end
         self._line_end = b"\r\n"  # the line end of the last command
         self._chunk_remaining = 0  # octets of the current BDAT chunk that have not arrived
+        self._command = ""  # the last command line
+        self._envelope: Envelope | None = None  # the message that the last command ended
+        self._refusal_detail = ""  # what the log says about the refusal of the last command
+        self._messages = 0  # how many messages were accepted
         self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
         self._protocol_warnings: list[str] = []
         self._errors = 0
@@ -824,19 +890,21 @@ class Session:
         The caller performs each action before it asks for the next one. The first call, with
         no data, yields the greeting. now is the time for the envelopes, as from time.time().
         """
-        self._buffer += data
+        self.feed(data)
         self._now = now
         while (action := self._next_action()) is not None:
             yield action
 
-    def disconnect(self, reply: Reply) -> Reply:
-        """End the session, and return the reply to send before the connection is closed."""
-        self._state = self._discard
-        self._log_reply(reply)
-        return reply
+    def feed(self, data: bytes) -> None:
+        """Add bytes from the client that receive() has not got, during an action."""
+        self._buffer += data
 
-    def close(self) -> None:
-        """Discard the transaction, because the connection is closed."""
+    def close(self, reply: Reply | None = None) -> None:
+        """Discard the transaction. reply is the last one of the connection, for the log."""
+        if reply is not None:
+            self._log_reply(reply)
+        if not self._messages:
+            self._log_no_message()
         self.transaction = None
         self._reserve(0)
 
@@ -850,6 +918,8 @@ class Session:
                 self._errors = 0
         if isinstance(action, Reply):
             self._log_reply(action)
+            if action.code >= 400:
+                self._report_refusal(action)
             if action.closes_connection:
                 self._state = self._discard
         return action
@@ -874,18 +944,35 @@ class Session:
             for line in reply.encoded.decode().splitlines():
                 log.debug("%s S: %s", self.peer, line)
 
-    def _log_command(self, line: str) -> None:
+    def _begin_command(self, line: str) -> None:
+        self._command, self._envelope, self._refusal_detail = line, None, ""
         # "AUTHPLAIN" is a typing error that may have a secret as its argument.
         self._auth_seen = self._auth_seen or "AUTH" in line.partition(" ")[0].upper()
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s C: %s", self.peer, self._masked(line))
+
+    def _log_no_message(self) -> None:
+        verb = self._command.partition(" ")[0] or "the greeting"
+        hint = ""
+        if self.config.tls is None and verb.upper() in ("EHLO", "STARTTLS", "QUIT"):
+            hint = " (the client may require TLS: see --tls)"
+        log.debug("%s: Closed without a message after %s%s", self.peer, self._masked(verb), hint)
+
+    def _report_refusal(self, reply: Reply) -> None:
+        if self._envelope is not None:
+            verb, argument = ".", self._envelope.summary()
+        else:
+            verb, _, argument = self._masked(self._command).partition(" ")
+        now = datetime.fromtimestamp(self._now, timezone.utc)
+        refusal = Refusal(now, self.peer, verb.upper(), argument, reply)
+        self._shared.report_refusal(refusal, self._refusal_detail)
 
     def _masked(self, line: str) -> str:
         """Return the line without secrets, such as the arguments of AUTH."""
         words = line.upper().split()
         if words and "AUTH" in words[0]:
             shown = ["AUTH"]
-            if len(words) > 1 and words[1] in SASL_MECHANISMS:
+            if len(words) > 1 and words[1] in _SASL_NAMES:
                 shown.append(words[1])
             if len(words) > len(shown):
                 shown.append("***")
@@ -903,14 +990,14 @@ class Session:
         If a rule replies, proceed() is not called, and the session stays in its current state.
         """
         actions = self._shared.rules.matching_actions(verb, get_text, self.peer)
-        return self._run_actions(actions, self._state, proceed) if actions else proceed()
+        return self._next_rule_action(actions, self._state, proceed) if actions else proceed()
 
-    def _run_actions(
+    def _next_rule_action(
         self, actions: list[Reply | Delay | Close], resume: State, proceed: State
     ) -> Action | None:
         """State: return the delays one by one, then the reply of a rule or proceed()."""
         if actions and isinstance(actions[0], Delay):
-            self._state = partial(self._run_actions, actions[1:], resume, proceed)
+            self._state = partial(self._next_rule_action, actions[1:], resume, proceed)
             return actions[0]
         self._state = resume
         return actions[0] if actions else proceed()
@@ -920,9 +1007,12 @@ class Session:
     def _connect(self) -> Action | None:
         self._state = self._reject_command  # after a rule that refuses the client
         address = self.peer.rpartition(":")[0].strip("[]")
+        self._command = f"CONNECT {address}"
         return self._apply_rules("CONNECT", lambda: address, self._send_greeting)
 
     def _send_greeting(self) -> Reply:
+        self._command = ""
+        self._warn_if_pipelined("the greeting")
         self._state = self._read_command
         return GREETING
 
@@ -931,7 +1021,7 @@ class Session:
         line = self._read_line()
         if line is None:
             return None
-        self._log_command(line.decode("utf-8", "replace").rstrip())
+        self._begin_command(line.decode("utf-8", "replace").rstrip())
         if line.strip().upper() != b"QUIT":
             raise SMTPError(503, "5.5.1", "Only QUIT is allowed after a refused greeting")
         return BYE
@@ -946,6 +1036,13 @@ class Session:
         # Content counts until its delivery has ended.
         if self.transaction is None:
             self._reserve(0)
+        if self._buffer.startswith(_TLS_HANDSHAKE):
+            log.warning(
+                "%s: TLS on a plain connection; use --tls implicit, or STARTTLS in the client",
+                self.peer,
+            )
+            self._state = self._discard
+            return Close()
         line = self._read_line()
         if line is None:
             return None
@@ -954,8 +1051,8 @@ class Session:
         else:
             self._line_end = b"\n"
             self._warn("bare-lf: LF without CR after a command (RFC 5321 section 2.3.8)")
-        text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" ")
-        self._log_command(text)
+        text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" \t")
+        self._begin_command(text)
         verb, _, argument = text.partition(" ")
         # str.upper() converts some letters outside ASCII to ASCII letters.
         return self._execute(verb.upper() if verb.isascii() else "", argument.lstrip(" "))
@@ -969,7 +1066,6 @@ class Session:
         if verb in _UNIMPLEMENTED_VERBS:
             raise SMTPError(502, "5.5.1", "Command not implemented")
         if verb in _HTTP_VERBS:
-            log.warning("%s: HTTP request refused", self.peer)
             raise SMTPError(421, "4.7.0", "HTTP request refused")
         raise SMTPError(500, "5.5.2", "Command not recognized")
 
@@ -997,12 +1093,10 @@ class Session:
         if warning not in self._protocol_warnings:
             self._protocol_warnings.append(warning)
 
-    def _warn_if_pipelined(self, verb: str) -> None:
-        """Warn if data arrived before the reply to this command (RFC 2920 section 3.1)."""
+    def _warn_if_pipelined(self, reply: str) -> None:
+        """Warn if data arrived before a reply that the client must wait for."""
         if self._buffer:
-            self._warn(
-                f"early-talker: data was sent before the reply to {verb} (RFC 2920 section 3.1)"
-            )
+            self._warn(f"early-talker: data was sent before {reply} (RFC 2920 section 3.1)")
 
     # Content
 
@@ -1105,19 +1199,18 @@ class Session:
         )
         envelope.warnings.extend(self._protocol_warnings + lint(envelope))
         self._protocol_warnings.clear()
+        self._envelope = envelope
         return self._apply_rules(".", lambda: envelope.subject, partial(self._accept, envelope))
 
     def _protocol(self, transaction: Transaction) -> str:
         """Return the protocol for the Received field (RFC 3848, RFC 6531 section 4.3)."""
         if "SMTPUTF8" in transaction.mail_options:
             name = "UTF8SMTP"
+        elif self.extended or self.tls or self.user is not None:
+            name = "ESMTP"
         else:
-            name = "ESMTP" if self.extended else "SMTP"
-        if self.tls:
-            name += "S"
-        if self.user is not None:
-            name += "A"
-        return name
+            name = "SMTP"
+        return name + ("S" if self.tls else "") + ("A" if self.user is not None else "")
 
     def _accept(self, envelope: Envelope) -> Deliver:
         if not self.config.smtputf8:
@@ -1134,20 +1227,22 @@ class Session:
     def _end_delivery(self, delivery: Deliver) -> Reply:
         """State: the connection has performed the delivery."""
         self._state = self._read_command
+        if delivery.reply.code < 400:
+            self._messages += 1
         return delivery.reply
 
     # Commands: one method for each verb. Each returns its reply, or the action of the state that
     # follows, or raises SMTPError.
 
     def _ehlo(self, argument: str) -> Reply:
-        self._warn_if_pipelined("EHLO")
+        self._warn_if_pipelined("the reply to EHLO")
         self._set_helo("EHLO", argument)
         self.extended = True
         keywords = extensions(self.config, tls=self.tls, user=self.user)
         return Reply(250, "", "\n".join([HOSTNAME, *keywords]))
 
     def _helo(self, argument: str) -> Reply:
-        self._warn_if_pipelined("HELO")
+        self._warn_if_pipelined("the reply to HELO")
         self._set_helo("HELO", argument)
         self.extended = False
         return Reply(250, "", HOSTNAME)
@@ -1215,7 +1310,7 @@ class Session:
             raise SMTPError(503, "5.5.1", "DATA is not allowed after BDAT")
         if transaction.body_type == "BINARYMIME":
             raise SMTPError(503, "5.5.1", "BODY=BINARYMIME requires BDAT")
-        self._warn_if_pipelined("DATA")
+        self._warn_if_pipelined("the reply to DATA")
         self._buffer[:0] = self._line_end  # see _read_content()
         self._state = partial(self._read_content, transaction)
         return START_CONTENT
@@ -1224,7 +1319,7 @@ class Session:
         match = _BDAT_ARGUMENT.fullmatch(argument)
         if match is None:
             raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
-        # From here on the size is known: the octets are discarded if the command is refused.
+        # If the command is refused, its octets must be discarded: they are not commands.
         self._chunk_remaining = int(match["size"])
         self._state = self._skip_chunk
         return self._apply_rules(
@@ -1272,6 +1367,7 @@ class Session:
         if self.tls:
             raise SMTPError(503, "5.5.1", "TLS is already active")
         if self.config.tls is None:
+            self._refusal_detail = " (see --tls)"
             raise SMTPError(502, "5.5.1", "TLS is not available")
         self._state = self._begin_tls
         return READY_FOR_TLS
@@ -1287,12 +1383,13 @@ class Session:
     def _auth(self, argument: str) -> Reply:
         """AUTH mechanism [initial-response] (RFC 4954 section 4)"""
         if self.helo is None:
-            raise SMTPError(503, "5.5.1", "Send EHLO first")
+            raise SMTPError(503, "5.5.1", "Send EHLO or HELO first")
         if self.transaction is not None:
             raise SMTPError(503, "5.5.1", "AUTH is not allowed during a mail transaction")
         if self.user is not None:
             raise SMTPError(503, "5.5.1", "Already authenticated")
         name, _, initial_response = argument.partition(" ")
+        initial_response = initial_response.strip()
         if not name:
             raise SMTPError(501, "5.5.4", "Syntax: AUTH mechanism [initial-response]")
         if name.upper() not in SASL_MECHANISMS:
@@ -1302,8 +1399,8 @@ class Session:
         if not initial_response:
             return self._challenge(exchange, challenge)
         if initial_response == "=":  # an empty initial response
-            return self._sasl_step(exchange, b"")
-        return self._sasl_step(exchange, initial_response.strip().encode("utf-8", "replace"))
+            initial_response = ""
+        return self._sasl_step(exchange, initial_response.encode("utf-8", "replace"))
 
     def _challenge(self, exchange: SASLExchange, text: str) -> Reply:
         self._state = partial(self._read_response, exchange)
@@ -1331,14 +1428,19 @@ class Session:
         return self._challenge(exchange, challenge)
 
     def _log_in(self, user: bytes, password: bytes) -> Reply:
-        users = {
-            os.fsencode(name): os.fsencode(secret) for name, secret in self.config.auth.items()
-        }
-        # RFC 4616 section 2: the user name is not empty.
-        if not user or (users and users.get(user) != password):
-            raise SMTPError(535, "5.7.8", "Authentication failed")
-        self.user = user.decode("utf-8", "replace")
-        return LOGIN_SUCCEEDED
+        name = user.decode("utf-8", "surrogateescape")
+        expected = self.config.auth.get(name)
+        if not user:  # RFC 4616 section 2: the user name is not empty
+            problem = "empty user name"
+        elif self.config.auth and expected is None:
+            problem = "unknown user"
+        elif self.config.auth and password.decode("utf-8", "surrogateescape") != expected:
+            problem = "wrong password"
+        else:
+            self.user = user.decode("utf-8", "replace")
+            return LOGIN_SUCCEEDED
+        self._refusal_detail = f" (user {escape_unprintable(name)!r}: {problem})"
+        raise SMTPError(535, "5.7.8", "Authentication failed")
 
 
 # A new command also belongs in RULE_VERBS and, if it is an extension, in extensions().
@@ -1359,6 +1461,8 @@ _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
 }
 # RFC 5321 section 4.2.4: 502 is for commands that the server knows but does not implement.
 _UNIMPLEMENTED_VERBS = "EXPN TURN ETRN ATRN SEND SOML SAML".split()
+# The content type and the version of a TLS record with a ClientHello (RFC 8446 section 5.1)
+_TLS_HANDSHAKE = b"\x16\x03"
 # The first words of HTTP requests, which a web page may send to any port with a browser.
 _HTTP_VERBS = "GET POST PUT HEAD OPTIONS CONNECT DELETE PATCH PRI HOST:".split()
 
@@ -1389,8 +1493,8 @@ def _require_ascii(envelope: Envelope) -> None:
 # fewer than the 998 octets of RFC 5322 section 2.1.1.
 _FOLD_WIDTH = 240
 
-# Characters that have no meaning in a Received field: no parentheses, semicolons or spaces.
-_NOT_IN_RECEIVED = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
+# Replaced in the argument of HELO: spaces, parentheses and semicolons are syntax in Received.
+_UNSAFE_IN_RECEIVED = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
 _MANY_SPACES = re.compile(" {100,}")
 _UNFOLDABLE = re.compile(rf"[^ ]{{{_FOLD_WIDTH}}}|{_MANY_SPACES.pattern}")
 
@@ -1400,7 +1504,7 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
 
     key is the name of the message in the Maildir. Lines end with LF.
     """
-    helo = _NOT_IN_RECEIVED.sub("?", envelope.helo[:255])
+    helo = _UNSAFE_IN_RECEIVED.sub("?", envelope.helo[:255])
     address = envelope.peer.rpartition(":")[0]
     date = format_datetime(envelope.received.replace(microsecond=0))
     header = [
@@ -1445,8 +1549,12 @@ class MaildirStore:
         self.path = Path(directory or ".").absolute()
         if directory is not None:
             _require_maildir(self.path)
-        for name in ("tmp", "new", "cur"):
-            (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            for name in ("tmp", "new", "cur"):
+                (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            _require_writable(self.path)
+        except OSError as error:
+            raise mailbox.Error(f"cannot write to {self.path}: {error.strerror}") from error
 
     def count(self) -> int:
         """Return the number of messages in the Maildir."""
@@ -1455,8 +1563,9 @@ class MaildirStore:
     def store(self, envelope: Envelope) -> Path:
         """Store a message, and return its path.
 
-        The file is complete and flushed to disk when this returns. Raises SMTPError 451 if
-        it cannot be written; nothing is left of it then.
+        The file is complete and flushed to disk when this returns; after a power failure in
+        the next seconds it may still be in tmp. Raises SMTPError 451 if it cannot be written;
+        nothing is left of it then.
         """
         # mailbox.Maildir.add() leaves a file in tmp when the disk is full, is not safe to use
         # from several threads, and writes CRLF on Windows.
@@ -1482,10 +1591,18 @@ def _require_maildir(path: Path) -> None:
         return
     if not path.is_dir():
         raise mailbox.Error(f"{path} is not a directory")
-    names = {entry.name for entry in path.iterdir()}
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
     if names and not names & {"cur", "new"}:
         missing = ", ".join(sorted({"cur", "new", "tmp"} - names))
         raise mailbox.Error(f"{path} is not a Maildir: it has no {missing}")
+
+
+def _require_writable(path: Path) -> None:
+    """Raise OSError if no message can be stored in the Maildir."""
+    for name in ("tmp", "new"):
+        test = path / name / f"dsmtpd-{os.urandom(8).hex()}"
+        test.touch()
+        test.unlink()
 
 
 def _stored_content(envelope: Envelope) -> bytes:
@@ -1557,8 +1674,9 @@ class Connection:
     async def run(self) -> None:
         """Serve the client until one side closes the connection."""
         try:
-            await self._converse()
+            await self._run_session()
         except asyncio.CancelledError:
+            # The task ends here in any case.
             if self._final_reply is None:  # not by interrupt(): the event loop ends
                 self._writer.transport.abort()
         except OSError as error:
@@ -1571,7 +1689,10 @@ class Connection:
     def interrupt(self, reply: Reply) -> None:
         """End the session with this reply; a delivery in progress is finished first."""
         self._final_reply = reply
-        if self._task is not None and not isinstance(self._action, Deliver):
+        if isinstance(self._action, Deliver):
+            summary = self._action.envelope.summary()
+            log.info("%s: Waiting for the delivery of %s", self._session.peer, summary)
+        elif self._task is not None:
             self._task.cancel()
 
     def abort(self) -> None:
@@ -1579,8 +1700,9 @@ class Connection:
         if not isinstance(self._action, Deliver):
             self._writer.transport.abort()
 
-    async def _converse(self) -> None:
+    async def _run_session(self) -> None:
         if self._session.tls:
+            # Before any other await: the plain reader must not get the ClientHello.
             await self._perform(StartTLS())
         data = b""  # the first call of receive() yields the greeting
         while True:
@@ -1629,10 +1751,19 @@ class Connection:
             elif isinstance(action, StartTLS):
                 await self._start_tls()
             elif isinstance(action, Delay) and self._final_reply is None:
-                await asyncio.sleep(action.seconds)
+                await self._delay(action.seconds)
         finally:
             self._action = None
             self._last_activity = self._loop.time()
+
+    async def _delay(self, seconds: float) -> None:
+        """Wait, and give the session what the client sends before the delayed reply."""
+        end = self._loop.time() + seconds
+        try:
+            self._session.feed(await asyncio.wait_for(self._reader.read(READ_SIZE), seconds))
+        except asyncio.TimeoutError:
+            return
+        await asyncio.sleep(end - self._loop.time())
 
     async def _start_tls(self) -> None:
         """Replace the streams; bytes that arrived in plain text stay in the old reader.
@@ -1647,16 +1778,19 @@ class Connection:
         assert self._tls_context is not None
         try:
             if plain.is_closing():  # start_tls() would wait for the handshake timeout
-                raise ConnectionResetError("Connection closed by the client")
+                raise ConnectionResetError
             transport = await self._loop.start_tls(
                 plain, protocol, self._tls_context, server_side=True
             )
             if transport is None:
-                raise ConnectionResetError("Connection closed by the client")
+                raise ConnectionResetError
         except (OSError, asyncio.CancelledError) as error:
-            log.warning("%s: TLS handshake failed: %s", self._session.peer, error)
+            if isinstance(error, OSError):
+                reason = _handshake_failure(error)
+                log.warning("%s: TLS handshake failed: %s", self._session.peer, reason)
             plain.abort()
-            plain_protocol.connection_lost(None)  # asyncio tells only the protocol of TLS
+            # asyncio reports the loss only to the protocol of TLS; wait_closed() would hang.
+            plain_protocol.connection_lost(None)
             raise
         protocol.connection_made(transport)
         self._reader = reader
@@ -1665,15 +1799,17 @@ class Connection:
     async def _close(self) -> None:
         """Send the last replies, and close the connection."""
         self._task = None  # interrupt() has no effect from here on
-        self._session.close()
-        if self._final_reply is not None:
-            self._unsent += self._session.disconnect(self._final_reply).encoded
-        if self._unsent:
-            self._writer.write(bytes(self._unsent))
-        self._writer.close()
-        with contextlib.suppress(Exception):  # the reason why the connection was lost
-            await self._writer.wait_closed()
-        self._idle_timer.cancel()
+        try:
+            self._session.close(self._final_reply)
+            if self._final_reply is not None:
+                self._unsent += self._final_reply.encoded
+            if self._unsent:
+                self._writer.write(bytes(self._unsent))
+        finally:
+            self._writer.close()
+            with contextlib.suppress(Exception):  # wait_closed() raises what closed it
+                await self._writer.wait_closed()
+            self._idle_timer.cancel()
 
     def _check_idle(self) -> None:
         """Interrupt the session if the client is idle, and check again later."""
@@ -1688,6 +1824,24 @@ class Connection:
                 self.interrupt(TIMED_OUT)
             deadline = now + IDLE_TIMEOUT
         self._idle_timer = self._loop.call_at(deadline, self._check_idle)
+
+
+def _handshake_failure(error: OSError) -> str:
+    """Return why a TLS handshake failed, with the likely cause."""
+    import ssl
+
+    reason = ""
+    if isinstance(error, ssl.SSLError):
+        reason = (error.reason or "").replace("_", " ").lower()
+    if reason in ("wrong version number", "http request", "unknown protocol"):
+        return f"{reason}; the client does not start with TLS, as --tls implicit requires"
+    if "alert" in reason:
+        return f"{reason}; the client may not trust the certificate"
+    if reason and "eof" not in reason:
+        return reason
+    if isinstance(error, ConnectionAbortedError) and str(error):  # the handshake timeout
+        return str(error)
+    return "the client closed the connection; it may not trust the certificate"
 
 
 # --- Server ---------------------------------------------------------------------------
@@ -1726,7 +1880,7 @@ class StoragePool:
 
     def _start_threads(self, count: int) -> None:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(SLOW_DELIVERY, self._on_slow_message)
+        self._timer = loop.call_later(SLOW_DELIVERY, self._on_timer)
         for _ in range(count):
             self._threads.submit(self._store_waiting, loop)
 
@@ -1741,15 +1895,15 @@ class StoragePool:
                 self._stored.append((future, self._store(envelope)))
             except Exception as error:
                 self._stored.append((future, error))
-        loop.call_soon_threadsafe(self._on_none_left)
+        loop.call_soon_threadsafe(self._on_empty)
 
-    def _on_slow_message(self) -> None:
+    def _on_timer(self) -> None:
         self._timer = None
         if self._waiting:
             self._start_threads(len(self._waiting))
         self._set_results()
 
-    def _on_none_left(self) -> None:
+    def _on_empty(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -1776,7 +1930,7 @@ class Server:
     a plain function, in the event loop if it is async. The reply is 250 when it returns, the
     reply of the exception if it raises SMTPError, and 451 for any other exception.
     on_message(envelope) is called in the event loop with each accepted message, before the
-    reply. Raises ValueError for an invalid option.
+    reply, and on_refusal(refusal) with each Refusal. Raises ValueError for an invalid option.
     """
 
     def __init__(
@@ -1786,6 +1940,7 @@ class Server:
         *,
         handler: Handler | None = None,
         on_message: Handler | None = None,
+        on_refusal: Callable[[Refusal], object] | None = None,
         **options: Any,
     ) -> None:
         self.config = replace(config or Config(), **options)
@@ -1801,7 +1956,7 @@ class Server:
         self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
-        self._shared = SharedState(self.config)
+        self._shared = SharedState(self.config, on_refusal)
         self._pool: StoragePool | None = None
         self._tls_context: ssl.SSLContext | None = None
         self._listeners: list[asyncio.Server] = []
@@ -1814,23 +1969,24 @@ class Server:
         Raises OSError if it cannot listen, ValueError for a host name or a certificate that
         cannot be used, and what MaildirStore raises.
         """
-        with contextlib.ExitStack() as on_error:
+        with contextlib.ExitStack() as cleanup:
             sockets = sockets or listen(self.config)
             for sock in sockets:
-                on_error.callback(sock.close)
+                cleanup.callback(sock.close)
             if self.config.tls is not None:
-                self._tls_context = make_tls_context(self.config)
+                self._tls_context = make_tls_context(self.config.cert, self.config.key)
             if self._handler is None:
                 self.maildir = MaildirStore(self.config.directory)
                 self._pool = StoragePool(self.maildir.store, self._threads)
-            on_error.pop_all()
+            for sock in sockets:
+                listener = await asyncio.start_server(
+                    self._serve_client, sock=sock, backlog=MAX_CONNECTIONS
+                )
+                cleanup.callback(listener.close)
+                self._listeners.append(listener)
+            cleanup.pop_all()  # keep them open
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
         self.host, self.port = self.addresses[0]
-        for sock in sockets:
-            listener = await asyncio.start_server(
-                self._serve_client, sock=sock, backlog=MAX_CONNECTIONS
-            )
-            self._listeners.append(listener)
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""
@@ -1874,7 +2030,8 @@ class Server:
         peer = format_address(writer.get_extra_info("peername"))
         if len(self._connections) >= MAX_CONNECTIONS:
             log.warning("%s: Too many connections", peer)
-            writer.write(TOO_MANY_CONNECTIONS.encoded)
+            if self.config.tls != "implicit":
+                writer.write(TOO_MANY_CONNECTIONS.encoded)
             writer.close()
             return
         session = Session(self.config, peer, self._shared)
@@ -1896,13 +2053,16 @@ class Server:
                 await self._call_handler(self._handler, envelope)
         except SMTPError as error:
             return error.reply
-        except (asyncio.CancelledError, GeneratorExit):  # the end of the event loop
-            raise
-        except BaseException:  # a handler may raise anything, such as SystemExit
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise  # the end of the event loop
+        except BaseException:  # such as a failure of pytest
             log.exception("%s: Cannot deliver the message", envelope.peer)
             return DELIVERY_FAILED
         if self._on_message is not None:
-            self._on_message(envelope)
+            try:
+                self._on_message(envelope)
+            except Exception:  # the message is delivered: the client must not send it again
+                log.exception("%s: on_message failed", envelope.peer)
         if log.isEnabledFor(logging.INFO):
             log.info("%s: %s", envelope.peer, envelope.summary())
         return MESSAGE_ACCEPTED
@@ -1911,23 +2071,64 @@ class Server:
         if self._handler_is_async:
             result = handler(envelope)
         else:
-            loop = asyncio.get_running_loop()
-            result = await loop.run_in_executor(self._threads, _call, handler, envelope)
+            result = await _call_in_thread(handler, envelope)
         if inspect.isawaitable(result):
             await result
 
 
-def _call(handler: Handler, envelope: Envelope) -> object:
-    """Call a handler in a thread. A future cannot hold every exception, such as StopIteration."""
-    try:
-        return handler(envelope)
-    except SMTPError:
-        raise
-    except BaseException as error:
-        raise RuntimeError("The handler failed") from error
+async def _call_in_thread(handler: Handler, envelope: Envelope) -> object:
+    """Call the handler in a thread of its own; return what it returns, raise what it raises.
+
+    The thread is a daemon, so that a handler that never returns does not keep the program
+    from ending.
+    """
+    loop = asyncio.get_running_loop()
+    returned = asyncio.Event()
+    outcome: list[object] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(handler(envelope))
+        except BaseException as error:  # SystemExit too: it ends only this call
+            errors.append(error)
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            loop.call_soon_threadsafe(returned.set)
+
+    threading.Thread(target=run, name="dsmtpd handler", daemon=True).start()
+    await returned.wait()
+    if not errors:
+        return outcome[0]
+    if isinstance(errors[0], SMTPError):
+        raise errors[0]
+    raise RuntimeError("The handler failed") from errors[0]
 
 
 # --- Sockets and certificates ---------------------------------------------------------
+
+
+def client_host(host: str) -> str:
+    """Return the address for clients on this machine of a server that listens on host."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def limit_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
+    """Make an event loop log one line in a second when there are too many open files.
+
+    asyncio reports it for each place in the backlog, and accepts again after a second.
+    """
+    next_time = 0.0
+
+    def on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal next_time
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() >= next_time:
+            next_time = loop.time() + 1
+            log.error("Cannot accept connections: %s; trying again", error.strerror)
+
+    loop.set_exception_handler(on_error)
 
 
 def listen(config: Config) -> list[socket.socket]:
@@ -1952,7 +2153,7 @@ def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket
     """Return a listening socket for each address whose family this machine supports."""
     sockets: list[socket.socket] = []
     unsupported = OSError("no address")
-    with contextlib.ExitStack() as on_error:
+    with contextlib.ExitStack() as cleanup:
         for family, (host, port, *scope) in addresses:
             if sockets:
                 port = sockets[0].getsockname()[1]
@@ -1965,27 +2166,23 @@ def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket
                     raise
                 unsupported = error
                 continue
-            on_error.callback(sock.close)
+            cleanup.callback(sock.close)
             sockets.append(sock)
         if not sockets:
             raise unsupported
-        on_error.pop_all()
+        cleanup.pop_all()  # keep them open
     return sockets
 
 
-def make_tls_context(config: Config) -> ssl.SSLContext:
-    """Return a TLS context with the certificate of the config, or with a temporary one.
+def make_tls_context(
+    cert: str | os.PathLike[str] | None, key: str | os.PathLike[str] | None = None
+) -> ssl.SSLContext:
+    """Return a TLS context with this certificate, or with a temporary one if cert is None.
 
     Raises ValueError; its text names the file and what is wrong with it.
     """
-    if config.cert is None:
+    if cert is None:
         return _temporary_certificate()
-    return _load_certificate(config.cert, config.key)
-
-
-def _load_certificate(
-    cert: str | os.PathLike[str], key: str | os.PathLike[str] | None
-) -> ssl.SSLContext:
     import ssl
 
     def password() -> str:
@@ -2033,7 +2230,7 @@ def _temporary_certificate() -> ssl.SSLContext:
                 f"cannot create a certificate ({error}); create one on a machine with OpenSSL,"
                 f" by '{OPENSSL_COMMAND}', and use --cert cert.pem --key key.pem"
             ) from error
-        return _load_certificate(f"{directory}/cert.pem", f"{directory}/key.pem")
+        return make_tls_context(f"{directory}/cert.pem", f"{directory}/key.pem")
 
 
 # --- Testing --------------------------------------------------------------------------
@@ -2128,22 +2325,23 @@ def capture(*, handler: Handler | None = None, **options: Any) -> Iterator[Inbox
     """Run a server in a background thread for the block of a with statement; yield its Inbox.
 
     options are the fields of Config. By default, the port is a free one, and messages are
-    kept in memory only; with `directory` they are stored there. handler is the same as for Server.
-    Raises what Server and Server.start() raise.
+    kept in memory only; with `directory` they are stored there. handler is the same as for
+    Server. Raises what Server and Server.start() raise, and RuntimeError at the end of the
+    block if the handler does not return.
     """
     config = replace(Config(port=0), **options)
     if handler is None and config.directory is None:
         handler = _discard_message  # the inbox keeps it
     inbox = Inbox()
     server = Server(config, handler=handler, on_message=inbox.add)
-    # Receives a function that stops the server, or the reason why it does not start.
-    started: concurrent.futures.Future[Callable[[], object]] = concurrent.futures.Future()
+    started: concurrent.futures.Future[None] = concurrent.futures.Future()
+    stopped: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     async def serve() -> None:
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        limit_loop_errors(asyncio.get_running_loop())
         async with server:
-            started.set_result(lambda: loop.call_soon_threadsafe(stop.set))
-            await stop.wait()
+            started.set_result(None)
+            await asyncio.wrap_future(stopped)
             # The test gets a message before the client gets its reply.
             await server.wait_for_clients(QUIT_GRACE)
 
@@ -2156,18 +2354,18 @@ def capture(*, handler: Handler | None = None, **options: Any) -> Iterator[Inbox
             started.set_exception(error)
 
     thread = threading.Thread(target=run, name="dsmtpd", daemon=True)
-    thread.start()
     try:
-        stop = started.result()
-        inbox.host, inbox.port = server.host, server.port
+        thread.start()
+        started.result()
+        inbox.host, inbox.port = client_host(server.host), server.port
         scheme = "smtps" if config.tls == "implicit" else "smtp"
-        inbox.url = f"{scheme}://{format_address(server.addresses[0])}"
-        try:
-            yield inbox
-        finally:
-            stop()
+        inbox.url = f"{scheme}://{format_address((inbox.host, inbox.port))}"
+        yield inbox
     finally:
-        thread.join()
+        stopped.set_result(None)
+        thread.join(HANDLER_TIMEOUT)
+    if thread.is_alive():
+        raise RuntimeError(f"the handler {handler!r} has not returned for {HANDLER_TIMEOUT} s")
 
 
 async def _discard_message(envelope: Envelope) -> None:
@@ -2208,7 +2406,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         argv = sys.argv[1:]
     end_of_options = argv.index("--") if "--" in argv else len(argv)
     parser = _make_parser()
-    args = parser.parse_args(argv[:end_of_options])
+    args, unknown = parser.parse_known_args(argv[:end_of_options])
+    if unknown and not unknown[0].startswith("-"):
+        parser.error(f"unexpected argument {unknown[0]}; a command goes after --")
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}")
     args.auth = dict(args.auth)
     args.command = argv[end_of_options + 1 :]
     if end_of_options < len(argv) and not (args.command and args.command[0]):
@@ -2366,7 +2568,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def _configure_logging(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
-    # asyncio warns about clients that have disconnected before they got their replies.
+    # asyncio warns of each write to a client that has disconnected.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     if args.verbose:
         log.setLevel(logging.DEBUG)
@@ -2394,11 +2596,13 @@ class _Program:
         self._args = args
         self._config: Config = args.config
         self._stop = asyncio.Event()
-        self._received = 0
+        self._received = 0  # messages
+        self._refused = 0  # commands and messages
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> int:
         """Run until the program is stopped; return the exit status."""
+        limit_loop_errors(asyncio.get_running_loop())
         try:
             handler = _load_handler(self._args.handler) if self._args.handler else None
         except ValueError as error:
@@ -2407,10 +2611,14 @@ class _Program:
         try:
             sockets = _systemd_sockets() or listen(self._config)
         except (OSError, ValueError) as error:
-            interface, port = self._config.interface, self._config.port
-            log.error("Cannot listen on %s, port %s: %s", interface, port, error)
+            log.error("Cannot listen on %s", _listen_error(self._config, error))
             return 3
-        server = Server(self._config, handler=handler, on_message=self._on_message)
+        server = Server(
+            self._config,
+            handler=handler,
+            on_message=self._on_message,
+            on_refusal=self._on_refusal,
+        )
         try:
             await server.start(sockets)
         except (OSError, ValueError, mailbox.Error) as error:
@@ -2424,13 +2632,22 @@ class _Program:
             status = await self._wait(server)
         log.info("Cleaning up")
         await server.close()
-        return status or self._expectation_status(server)
+        return status or self._check_expectation(server)
 
-    def _expectation_status(self, server: Server) -> int:
-        expected = self._args.expect
-        if expected is None:
+    def _check_expectation(self, server: Server) -> int:
+        """Return the exit status, and log why it is not 0."""
+        expected, rejected = self._args.expect, server.rejected_messages
+        if expected is None or (self._received >= expected and not rejected):
             return 0
-        return 1 if self._received < expected or server.rejected_messages else 0
+        log.error(
+            "Expected %d messages: %d arrived, %d were rejected by --strict,"
+            " %d commands or messages were refused in all",
+            expected,
+            self._received,
+            rejected,
+            self._refused,
+        )
+        return 1
 
     def _announce(self, server: Server) -> None:
         for address in server.addresses:
@@ -2453,6 +2670,9 @@ class _Program:
         if self._args.print:
             _print(_as_text(envelope))
 
+    def _on_refusal(self, refusal: Refusal) -> None:
+        self._refused += 1
+
     def _on_signal(self, number: int) -> None:
         """Stop at the first signal, and end the program or kill the command at the second."""
         repeated = self._stop.is_set()
@@ -2460,7 +2680,7 @@ class _Program:
         if self._process is not None:
             name = "SIGKILL" if repeated else signal.Signals(number).name
             _signal_command(self._process, name)
-        elif repeated and not self._args.command:  # main() removes its temporary directory
+        elif repeated and not self._args.command:  # main() must remove the temporary Maildir
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -2488,7 +2708,7 @@ class _Program:
         await self._limit_time(process)
         status = await process.wait()
         self._process = None
-        _signal_command(process, "SIGKILL")  # the processes that it left running
+        _kill_remaining_processes(process)
         return status if status >= 0 else 128 - status
 
     async def _limit_time(self, process: asyncio.subprocess.Process) -> None:
@@ -2504,11 +2724,28 @@ class _Program:
 
     def _environment(self, server: Server) -> dict[str, str]:
         """Return the environment variables that tell the command where to send messages."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
-        env = {"SMTP_HOST": host, "SMTP_PORT": str(server.port)}
+        env = {"SMTP_HOST": client_host(server.host), "SMTP_PORT": str(server.port)}
         if server.maildir is not None:
             env["DSMTPD_MAILDIR"] = str(server.maildir.path)
         return env
+
+
+def _listen_error(config: Config, error: Exception) -> str:
+    """Return the address, what is wrong with it, and what to use instead."""
+    address = format_address((config.interface, config.port))
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return f"{address}: unknown host name"
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EADDRINUSE:
+        return f"{address}: the port is in use; use another one, or -p 0 for any free port"
+    if number == errno.EADDRNOTAVAIL:
+        return f"{address}: this machine does not have that address"
+    if number == errno.EACCES:
+        return (
+            f"{address}: ports below 1024 are reserved for root;"
+            " use -p 1025, or systemd with contrib/dsmtpd.socket"
+        )
+    return f"{address}: {error}"
 
 
 def _systemd_sockets() -> list[socket.socket]:
@@ -2542,12 +2779,25 @@ def _load_handler(name: str) -> Handler:
 
 
 def _signal_command(process: asyncio.subprocess.Process, name: str) -> None:
-    """Send a signal to all processes of the command; on Windows, kill the first one."""
+    """Send a signal to all processes of the command."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if os.name == "posix":
             os.killpg(process.pid, signal.Signals[name])
-        else:
+        elif name in ("SIGTERM", "SIGKILL"):  # Windows has only these
             process.kill()
+        # On Windows, the console sends Ctrl-C and Ctrl-Break to the command as well.
+
+
+def _kill_remaining_processes(process: asyncio.subprocess.Process) -> None:
+    """Kill the processes that a command has left running, after it has ended."""
+    if os.name != "posix":
+        return
+    try:
+        os.getsid(process.pid)  # succeeds if another process has got its number
+    except ProcessLookupError:
+        _signal_command(process, "SIGKILL")
+    except PermissionError:
+        pass
 
 
 def _on_signals(callback: Callable[[int], object]) -> None:
@@ -2615,9 +2865,10 @@ def _print(text: str) -> None:
     """Write to standard output and flush it; stop writing if nobody reads it."""
     if sys.stdout is None:  # it was closed before the program started
         return
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.buffer.write(text.encode(sys.stdout.encoding, "backslashreplace"))
-        sys.stdout.buffer.flush()
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
     except OSError as error:
         log.warning("Cannot write to standard output: %s", error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

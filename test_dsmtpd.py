@@ -8,6 +8,7 @@ import dataclasses
 import email.header
 import email.message
 import email.utils
+import errno
 import json
 import logging
 import mailbox
@@ -435,7 +436,9 @@ def test_transaction_after_command() -> None:
         ("nOoP", "250 2.0.0"),
         ("RSET  ", "250 2.0.0"),
         (" RSET", "500 5.5.2"),
-        ("RSET\t", "500 5.5.2"),
+        ("RSET\t", "250 2.0.0"),
+        ("RSET \t ", "250 2.0.0"),
+        ("R\tSET", "500 5.5.2"),
         ("", "500 5.5.2"),
         ("R\u017fET", "500 5.5.2"),
         ("EXPN x", "502 5.5.1"),
@@ -504,6 +507,8 @@ INVALID_PATHS = {
     '<"a\rb"@c>': "BAD",
     '<"a\\\x00b"@c>': "BAD",
     "<a\x85b@c>": "BAD",
+    "<a\u2028b@c>": "BAD",
+    "<a@b\u2029c>": "BAD",
 }
 
 
@@ -570,6 +575,9 @@ PARAMETERS = [
     ("MAIL", "RET=SOME", "501 5.5.4"),
     ("MAIL", "ENVID=", "501 5.5.4"),
     ("MAIL", "ENVID=a=b", "501 5.5.4"),
+    ("MAIL", "ENVID=a+2Bb", "250"),
+    ("MAIL", "ENVID=a+0Ab", "501 5.5.4"),
+    ("MAIL", "ENVID=a+7Fb", "501 5.5.4"),
     ("MAIL", "NOTIFY=NEVER", "555 5.5.4"),
     ("MAIL", "X=1", "555 5.5.4"),
     ("MAIL", "=", "555 5.5.4"),
@@ -579,6 +587,7 @@ PARAMETERS = [
     ("RCPT", "NOTIFY=", "501 5.5.4"),
     ("RCPT", "ORCPT=rfc822;a+40b@c", "250"),
     ("RCPT", "ORCPT=a@b", "501 5.5.4"),
+    ("RCPT", "ORCPT=rfc822;a+0Db@c", "501 5.5.4"),
     ("RCPT", "ORCPT=rfc822;a ORCPT=rfc822;a", "501 5.5.4"),
     ("RCPT", "SIZE=1", "555 5.5.4"),
 ]
@@ -1210,8 +1219,10 @@ def test_rejecting_greeting() -> None:
 @pytest.mark.parametrize(
     ("rule", "error"),
     [
-        ("", " >>>nothing<<< expected CONNECT, a command"),
-        ("RCTP * 550", " >>>RCTP * 550<<< expected CONNECT, a command"),
+        ("", " >>>nothing<<< expected one of CONNECT EHLO HELO"),
+        ("RCTP * 550", " >>>RCTP * 550<<< expected one of CONNECT EHLO HELO"),
+        ("DATA *invoice* 550", "DATA >>>*invoice* 550<<< expected *, because DATA has no argument"),
+        ("quit now 550", "quit >>>now 550<<< expected *, because QUIT has no argument"),
         ("RCPT", "RCPT >>>nothing<<< expected a pattern"),
         ("RCPT *", "RCPT * >>>nothing<<< expected a code"),
         ("RCPT 550", "RCPT 550 >>>nothing<<< expected a code"),
@@ -1343,6 +1354,128 @@ def test_lint_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+# --- Refusals in the log ----------------------------------------------------------------------
+
+
+def refusals(caplog: pytest.LogCaptureFixture, *lines: str, **options: Any) -> list[str]:
+    """Return the log lines at the default level for a session."""
+    caplog.set_level("INFO", "dsmtpd")
+    Client(**options).codes(*lines)
+    return [
+        record.getMessage().removeprefix("127.0.0.1:54321: ")
+        for record in caplog.records
+        if "refused" in record.getMessage()
+    ]
+
+
+HELLO = "EHLO x"
+REFUSALS: list[tuple[dict[str, Any], list[str], str]] = [
+    ({}, [HELLO, "MAIL FROM:a@b"], "MAIL FROM:a@b refused: 501 5.5.4 Syntax: MAIL FROM:<address>"),
+    ({}, ["MAIL FROM:<a@b>"], "MAIL FROM:<a@b> refused: 503 5.5.1 Send EHLO or HELO first"),
+    ({}, ["expn  x"], "EXPN  x refused: 502 5.5.1 Command not implemented"),
+    ({}, ["x\x1by\x00"], "X\\X1BY\\X00 refused: 500 5.5.2 Command not recognized"),
+    ({}, ["STARTTLS"], "STARTTLS refused: 502 5.5.1 TLS is not available (see --tls)"),
+    ({}, ["GET / HTTP/1.1"], "GET / HTTP/1.1 refused: 421 4.7.0 HTTP request refused"),
+    (
+        {"fail": ["RCPT * 550 5.1.1 No such user"]},
+        [HELLO, "MAIL FROM:<a@b>", "RCPT TO:<b@x.test>"],
+        "RCPT TO:<b@x.test> refused: 550 5.1.1 No such user",
+    ),
+    ({"fail": ["CONNECT * 554 5.7.1 No"]}, [], "CONNECT 127.0.0.1 refused: 554 5.7.1 No"),
+    (
+        {"max_size": 5},
+        [HELLO, "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "123456", "."],
+        "DATA refused: 552 5.3.4 Message exceeds the maximum size",
+    ),
+    (
+        {"strict": True},
+        [HELLO, "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "Subject: Hi", "."],
+        "message a@b -> c@d [Hi] refused: 554 5.6.0"
+        " missing-date: no Date field (RFC 5322 section 3.6.1)",
+    ),
+    (
+        {"auth": {"u": "p"}},
+        [HELLO, "MAIL FROM:<a@b>"],
+        "MAIL FROM:<a@b> refused: 530 5.7.0 Authentication required",
+    ),
+    (
+        {"auth": {"u": "p"}},
+        [HELLO, "AUTH PLAIN AGJvYgBwYXNz"],
+        "AUTH PLAIN *** refused: 535 5.7.8 Authentication failed (user 'bob': unknown user)",
+    ),
+    (
+        {"auth": {"u": "p"}},
+        [HELLO, "AUTH LOGIN", "dQ==", "cGFzcw=="],
+        "AUTH LOGIN refused: 535 5.7.8 Authentication failed (user 'u': wrong password)",
+    ),
+    (
+        {},
+        [HELLO, "AUTH CRAM-MD5"],
+        "AUTH CRAM-MD5 refused: 504 5.5.4 Unknown authentication mechanism",
+    ),
+    (
+        {},
+        [HELLO, "AUTH c2VjcmV0"],
+        "AUTH *** refused: 504 5.5.4 Unknown authentication mechanism",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "lines", "text"), REFUSALS)
+def test_refusal_is_logged(
+    options: dict[str, Any], lines: list[str], text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert refusals(caplog, *lines, **options) == [text]
+
+
+def test_accepted_messages_log_no_refusal(caplog: pytest.LogCaptureFixture) -> None:
+    lines = [HELLO, "AUTH PLAIN AHUAcA==", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", ".", "QUIT"]
+    assert refusals(caplog, *lines) == []
+
+
+def test_repeated_refusals_are_limited(caplog: pytest.LogCaptureFixture) -> None:
+    lines = ["NOOP", "XYZZY"] * 300
+    assert len(refusals(caplog, *lines)) == dsmtpd.MAX_REFUSALS_LOGGED
+    assert [record.getMessage() for record in caplog.records if "Too many" in record.message] == [
+        "Too many refusals: the others of this minute are not logged"
+    ]
+    shared = dsmtpd.SharedState(Config())
+    client = Client()
+    client.session._shared = shared
+    client.codes(*lines)
+    caplog.clear()
+    later = NOW.timestamp() + 60
+    assert list(client.session.receive(b"XYZZY\r\n", later))
+    assert len(caplog.records) == 1
+
+
+def test_session_without_a_message(caplog: pytest.LogCaptureFixture) -> None:
+    """With -v, the log says why no message arrived."""
+    caplog.set_level("DEBUG", "dsmtpd")
+    for lines, text in [
+        ([], "Closed without a message after the greeting"),
+        ([HELLO], "Closed without a message after EHLO (the client may require TLS: see --tls)"),
+        ([HELLO, "MAIL FROM:<a@b>"], "Closed without a message after MAIL"),
+    ]:
+        client = Client()
+        client.codes(*lines)
+        client.session.close()
+        assert caplog.messages[-1] == f"127.0.0.1:54321: {text}"
+    client = client_with_recipient()
+    client.codes("DATA", ".")
+    client.session.close()
+    assert "Closed without" not in caplog.messages[-1]
+
+
+def test_tls_client_on_a_plain_port(caplog: pytest.LogCaptureFixture) -> None:
+    client = Client()
+    assert client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03") == b"<Close()>\r\n"
+    assert caplog.messages == [
+        "127.0.0.1:54321: TLS on a plain connection; use --tls implicit, or STARTTLS in the client"
+    ]
+    assert client.send(b"MAIL FROM:<a@b>\r\n") == b""
+
+
 # --- Storage ------------------------------------------------------------------------------
 
 
@@ -1431,12 +1564,13 @@ def test_maildir_creation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return {entry.name for entry in path.iterdir()}
 
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".gitignore").touch()
     (tmp_path / "git" / "cur").mkdir(parents=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     for name in ("empty", "git", "missing"):
         dsmtpd.MaildirStore(tmp_path / name)
-        assert folders(tmp_path / name) == {"cur", "new", "tmp"}
+        assert folders(tmp_path / name) - {".gitignore"} == {"cur", "new", "tmp"}
     with pytest.raises(mailbox.Error, match="other is not a Maildir: it has no cur, new, tmp"):
         dsmtpd.MaildirStore(tmp_path / "other")
     with pytest.raises(mailbox.Error, match="is not a directory"):
@@ -1592,7 +1726,10 @@ def test_handler_results(caplog: pytest.LogCaptureFixture) -> None:
     assert replies_with(accept) == ["250 2.0.0 Message accepted", "250 2.0.0 OK"]
     assert replies_with(reject) == ["554 5.6.0 Refused", "250 2.0.0 OK"]
     assert replies_with(close_connection) == ["421 4.3.2 Gone", ""]
-    assert not caplog.records
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "message a@b -> c@d [Hi] refused: 554 5.6.0 Refused",
+        "message a@b -> c@d [Hi] refused: 421 4.3.2 Gone",
+    ]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -1601,7 +1738,6 @@ def test_handler_results(caplog: pytest.LogCaptureFixture) -> None:
     [
         RuntimeError("secret detail"),
         StopIteration("too few"),
-        SystemExit("over"),
         pytest.fail.Exception("unexpected mail"),  # not an Exception
     ],
     ids=repr,
@@ -1618,6 +1754,44 @@ def test_handler_exceptions(
     replies = replies_with(fail_async if asynchronous else fail)
     assert replies == ["451 4.3.0 Cannot accept the message, try again later", "250 2.0.0 OK"]
     assert str(error) in caplog.text
+
+
+def test_system_exit_in_a_thread(caplog: pytest.LogCaptureFixture) -> None:
+    def handler(envelope: Envelope) -> None:
+        raise SystemExit("over")
+
+    assert [reply[:3] for reply in replies_with(handler)] == ["451", "250"]
+    assert "SystemExit: over" in caplog.text
+
+
+def test_system_exit_in_the_event_loop(tmp_path: Path) -> None:
+    """It ends the program: only what a thread raises may become a reply."""
+    (tmp_path / "ends.py").write_text("async def end(envelope):\n    raise SystemExit(7)\n")
+    with process("--handler", "ends:end", cwd=tmp_path, last_line="Handing the") as server:
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            with pytest.raises(smtplib.SMTPServerDisconnected):
+                client.sendmail("a@b", ["c@d"], CLEAN)
+        status, _ = server.wait()
+    assert status == 7
+
+
+def test_on_message_exception(caplog: pytest.LogCaptureFixture) -> None:
+    """The message is delivered, so the client must not send it again."""
+    replies = []
+
+    def fail(envelope: Envelope) -> None:
+        raise OSError("standard output is closed")
+
+    async def scenario() -> None:
+        async with Server(port=0, handler=print, on_message=fail) as server:
+            peer = await Peer.connect(server)
+            await peer.reply()
+            replies.extend([await peer.send_mail(), await peer.exchange("NOOP")])
+            await peer.close()
+
+    run(scenario)
+    assert replies == ["250 2.0.0 Message accepted", "250 2.0.0 OK"]
+    assert "standard output is closed" in caplog.text
 
 
 def replies_with(handler: Callable[[Envelope], object]) -> list[str]:
@@ -2024,6 +2198,7 @@ def test_certificate_errors_on_command_line(tmp_path: Path) -> None:
     options: list[str | Path] = ["-p", "0", "-d", tmp_path / "mail"]
     completed = command("--tls", "implicit", "--cert", tmp_path / "missing.pem", *options)
     assert completed.returncode == 2
+    assert not (tmp_path / "mail").exists()
     assert len(completed.stderr.splitlines()) == 1
     environment = {**os.environ, "PATH": str(tmp_path)}
     completed = command("--tls", "starttls", *options, env=environment)
@@ -2082,9 +2257,14 @@ def test_tls_client_errors(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert envelopes[0].protocol == "ESMTPS"
     records = [record for record in caplog.records if record.levelname != "INFO"]
     assert {record.name for record in records} == {"dsmtpd"}
-    assert all("TLS handshake failed" in record.getMessage() for record in records)
+    messages = [record.getMessage() for record in records]
+    reasons = [text.partition(": TLS handshake failed: ")[2] for text in messages]
+    reasons = [reason for reason in reasons if reason]
+    assert [text for text in messages if text.endswith("failed: ")] == []
+    assert any("the client does not start with TLS" in reason for reason in reasons)
+    assert "the client closed the connection; it may not trust the certificate" in reasons
     assert not [record for record in records if record.exc_info]
-    assert 3 <= len(records) <= 6
+    assert 3 <= len(reasons) <= 6
 
 
 @OPENSSL
@@ -2383,8 +2563,8 @@ def command(
         (["-s", "1e6"], "argument -s/--max-size: must be an integer such as 1025, not 1e6"),
         (["-s", "-1"], "argument --max-size: must be a number of bytes, or 0 for no limit, not -1"),
         (["-i", ""], "argument --interface: must be an address or a host name"),
-        (["--direct", "x"], "unrecognized arguments"),
-        (["extra"], "unrecognized arguments: extra"),
+        (["--direct", "x"], "unknown option --direct\n"),
+        (["pytest", "-q"], "unexpected argument pytest; a command goes after --\n"),
         (["--tls", "ssl"], "argument --tls: invalid choice: 'ssl'"),
         (["--cert", "x"], "argument --cert: requires tls"),
         (["--tls", "starttls", "--key", "x"], "argument --key: requires cert"),
@@ -2418,6 +2598,25 @@ def test_cannot_listen(tmp_path: Path) -> None:
             assert completed.returncode == 3
             assert len(completed.stderr.splitlines()) == 1
             assert "Cannot listen on " in completed.stderr
+        assert f"{port}: the port is in use; use another one, or -p 0" in (
+            command("-p", port, "-d", tmp_path / "mail").stderr
+        )
+    assert not (tmp_path / "mail").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.EADDRINUSE, "x"), "127.0.0.1:25: the port is in use; use another one"),
+        (OSError(errno.EADDRNOTAVAIL, "x"), "127.0.0.1:25: this machine does not have that"),
+        (PermissionError(errno.EACCES, "x"), "use -p 1025, or systemd with contrib/dsmtpd.socket"),
+        (socket.gaierror(-2, "x"), "127.0.0.1:25: unknown host name"),
+        (UnicodeError("label empty"), "127.0.0.1:25: unknown host name"),
+        (OSError("something else"), "127.0.0.1:25: something else"),
+    ],
+)
+def test_listen_error_text(error: Exception, text: str) -> None:
+    assert text in dsmtpd._listen_error(Config(port=25), error)
 
 
 @pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="needs SO_REUSEPORT")
