@@ -9,6 +9,7 @@ import email.header
 import email.message
 import email.utils
 import errno
+import io
 import json
 import logging
 import mailbox
@@ -2080,6 +2081,88 @@ def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     run(scenario)
 
 
+def test_early_talker_before_the_greeting() -> None:
+    envelopes: list[Envelope] = []
+
+    async def scenario() -> None:
+        fail = ["CONNECT * delay 0.3"]
+        async with Server(port=0, handler=envelopes.append, fail=fail) as server:
+            peer = await Peer.connect(server)
+            peer.writer.write(b"EHLO x\r\n")
+            assert (await peer.reply()).startswith("220")
+            assert (await peer.reply()).startswith("250")
+            await peer.send_mail()
+            await peer.close()
+
+    run(scenario)
+    assert envelopes[0].warnings == [
+        "early-talker: data was sent before the greeting (RFC 2920 section 3.1)"
+    ]
+
+
+def test_waiting_for_a_delivery_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "dsmtpd")
+    started, release = threading.Event(), threading.Event()
+
+    def handler(envelope: Envelope) -> None:
+        started.set()
+        assert release.wait(20)
+
+    async def scenario() -> None:
+        async with Server(port=0, handler=handler) as server:
+            peer = await Peer.connect(server)
+            await peer.reply()
+            sending = asyncio.create_task(peer.send_mail("Subject: slow"))
+            await asyncio.to_thread(started.wait, 20)
+            closing = asyncio.create_task(server.close())
+            while "Waiting for the delivery" not in caplog.text:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            release.set()
+            await closing
+            await sending
+            await peer.close()
+
+    run(scenario)
+    assert any(
+        text.endswith(": Waiting for the delivery of a@b -> c@d [slow]") for text in caplog.messages
+    )
+
+
+def test_close_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is released even if the last reply cannot be written."""
+
+    def fail(session: dsmtpd.Session, reply: Reply | None = None) -> None:
+        raise RuntimeError
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        async with Server(port=0, handler=print) as server:
+            peer = await Peer.connect(server)
+            await peer.reply()
+            with monkeypatch.context() as patch:
+                patch.setattr(dsmtpd.Session, "close", fail)
+                await peer.exchange("QUIT")
+                assert await peer.reply() == ""
+                await server.wait_for_clients(20)
+            assert not server._connections
+            await peer.close()
+
+    run(scenario)
+
+
+@OPENSSL
+def test_too_many_connections_with_implicit_tls(pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        options: dict[str, Any] = {"cert": pem / "both.pem", "port": 0, "handler": print}
+        async with Server(tls="implicit", **options) as server:
+            monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 0)
+            peer = await Peer.connect(server)
+            assert await peer.reply() == ""
+            await peer.close()
+
+    run(scenario)
+
+
 def test_connection_reset(caplog: pytest.LogCaptureFixture) -> None:
     """After a reset at any step of a session, the server logs no warning and keeps running."""
     steps = [b"", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n", b"text"]
@@ -2905,6 +2988,127 @@ def test_pytest_plugin_of_copied_file(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
 
 
+def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code that can import dsmtpd."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=30,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(HERE), **environment},
+    )
+
+
+@POSIX
+def test_interrupt_while_capture_starts(tmp_path: Path) -> None:
+    code = (
+        "import dsmtpd, os, signal\n"
+        "listen = dsmtpd.listen\n"
+        "def interrupted(config):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return listen(config)\n"
+        "dsmtpd.listen = interrupted\n"
+        "with dsmtpd.capture(): pass\n"
+    )
+    completed = python(code, tmp_path)
+    assert completed.stderr.strip().endswith("KeyboardInterrupt")
+
+
+def test_handler_that_does_not_return(tmp_path: Path) -> None:
+    """Leaving the block raises an error, and the program can end."""
+    code = (
+        "import dsmtpd, smtplib, threading\n"
+        "dsmtpd.HANDLER_TIMEOUT = 0.2\n"
+        "received = threading.Event()\n"
+        "def hangs(envelope):\n"
+        "    received.set()\n"
+        "    threading.Event().wait()\n"
+        "with dsmtpd.capture(handler=hangs) as inbox:\n"
+        "    client = smtplib.SMTP(inbox.host, inbox.port)\n"
+        "    client.ehlo(); client.mail('a@b'); client.rcpt('c@d'); client.docmd('DATA')\n"
+        "    client.send('Subject: Hi\\r\\n.\\r\\n')\n"
+        "    received.wait()\n"
+    )
+    completed = python(code, tmp_path)
+    assert "RuntimeError: the handler <function hangs" in completed.stderr
+    assert completed.returncode == 1
+
+
+def test_capture_on_all_interfaces() -> None:
+    with dsmtpd.capture(interface="0.0.0.0") as inbox:
+        assert inbox.host == "127.0.0.1"
+        assert inbox.url == f"smtp://127.0.0.1:{inbox.port}"
+        send(inbox)
+        inbox.wait()
+
+
+@POSIX
+def test_credentials_do_not_depend_on_the_locale(tmp_path: Path) -> None:
+    code = (
+        "import dsmtpd, base64\n"
+        "session = dsmtpd.Session(dsmtpd.Config(auth={'j\\xfcrgen': 'gr\\xf6\\xdfe'}))\n"
+        "login = base64.b64encode('\\0j\\xfcrgen\\0gr\\xf6\\xdfe'.encode()).decode()\n"
+        "replies = list(session.receive(b'EHLO x\\r\\nAUTH PLAIN %s\\r\\n' % login.encode(), 0))\n"
+        "print(replies[-1].code)\n"
+    )
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    completed = python(code, tmp_path, **locale)
+    assert completed.stdout == "235\n", completed.stderr
+
+
+def test_output_without_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", output)
+    dsmtpd._print("Grüße\n")
+    assert output.getvalue() == "Grüße\n"
+
+
+def test_older_python(tmp_path: Path) -> None:
+    source = SCRIPT.read_text("utf-8")
+    ast.parse(source, feature_version=(3, 8))  # so that Python 3.8 runs the check
+    first = next(line for line in source.splitlines() if ":=" in line)
+    assert first.endswith("# dsmtpd requires Python 3.10 or newer")  # a syntax error shows it
+    code = f"import runpy, sys; sys.version_info = (3, 9); runpy.run_path({str(SCRIPT)!r})"
+    completed = python(code, tmp_path)
+    assert completed.returncode == 1
+    assert completed.stderr == "dsmtpd requires Python 3.10 or newer, not 3.9\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_maildir_that_cannot_be_written(tmp_path: Path) -> None:
+    mail = tmp_path / "mail"
+    mail.mkdir()
+    (mail / "new").symlink_to("/proc/self")
+    for directory in (mail, Path("/proc/self/mail")):
+        completed = command("-p", "0", "-d", directory)
+        assert completed.returncode == 2
+        assert f"Cannot start: cannot write to {directory}: " in completed.stderr
+        assert len(completed.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
+def test_too_many_open_files(tmp_path: Path) -> None:
+    """The log has a few lines and no traceback, and the server recovers."""
+    import resource
+
+    with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
+        resource.prlimit(server.popen.pid, resource.RLIMIT_NOFILE, (40, 40))
+        address = ("127.0.0.1", server.port)
+        with contextlib.ExitStack() as stack:
+            for _ in range(60):
+                stack.enter_context(socket.create_connection(address))
+            assert server.popen.stderr is not None
+            assert any("Cannot accept connections" in line for line in server.popen.stderr)
+        with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
+            client.sendmail("a@b", ["c@d"], CLEAN)
+        _, text = server.stop()
+    assert "Traceback" not in text
+    assert text.count("Cannot accept connections") < 10
+    assert len(mailbox.Maildir(tmp_path / "mail")) == 1
+
+
 # --- Options for CI -------------------------------------------------------------------------
 
 SENDER = """
@@ -2946,6 +3150,7 @@ def test_exit_status(arguments: list[str], status: int, temp_dir: Path, tmp_path
     completed = command("-p", "0", *mail, *arguments)
     assert completed.returncode == status
     assert "Traceback" not in completed.stderr
+    assert ("ERROR: Expected " in completed.stderr) is (status == 1)
     assert list(temp_dir.iterdir()) == []
     if status == 127:
         assert completed.stderr.count("no-such-command-here") == 2  # once in the errno text
