@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     import email.policy
     import ssl
 
+    from typing_extensions import TypedDict, Unpack  # never imported at run time
+
 # Python 3.7 and older report a syntax error and show the next line.
 if (python := sys.version_info) < (3, 10):  # dsmtpd requires Python 3.10 or newer
     sys.exit("dsmtpd requires Python 3.10 or newer, not {}.{}".format(*python))
@@ -237,7 +239,27 @@ class Config:
             raise TypeError("auth: must be a dictionary {user: password} of strings")
 
 
-def with_options(config: Config, options: Mapping[str, Any]) -> Config:
+if TYPE_CHECKING:
+
+    class Options(TypedDict, total=False):
+        """The fields of Config as keyword arguments; type checkers cannot derive them."""
+
+        interface: str
+        port: int
+        directory: str | os.PathLike[str] | None
+        max_size: int
+        smtputf8: bool
+        tls: str | None
+        cert: str | os.PathLike[str] | None
+        key: str | os.PathLike[str] | None
+        auth: Mapping[str, str]
+        fail: Sequence[str]
+        strict: bool
+        ignore: Sequence[str]
+        reuse_port: bool
+
+
+def with_options(config: Config, options: Options) -> Config:
     """Return the config with other values for these fields. Raises TypeError for others."""
     names = [item.name for item in fields(Config)]
     for name in options:
@@ -2183,7 +2205,7 @@ class Server:
         handler: Handler | None = None,
         on_message: Handler | None = None,
         on_refusal: Callable[[Refusal], object] | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         self.config = with_options(config or Config(), options)
         self.host = self.config.interface
@@ -2597,7 +2619,7 @@ def _matches(message: Envelope, to: str | None, mail_from: str | None, subject: 
 
 
 @contextlib.contextmanager
-def capture(*, handler: Handler | None = None, **options: Any) -> Iterator[Inbox]:
+def capture(*, handler: Handler | None = None, **options: Unpack[Options]) -> Iterator[Inbox]:
     """Run a server in a background thread for the block of a with statement; yield its Inbox.
 
     options are the fields of Config. By default, the port is a free one, and messages are
@@ -2658,7 +2680,7 @@ def pytest_configure(config: Any) -> None:
     config.addinivalue_line(
         "markers", "smtpd(**options): options of dsmtpd.capture() for the fixture smtpd"
     )
-    if config.pluginmanager.has_plugin("smtpdfix"):  # its fixture has the same name
+    if "smtpdfix.fixture" in sys.modules:  # another plug-in with a fixture of this name
         return
 
     class Fixtures:

@@ -1207,6 +1207,20 @@ def test_config_is_hashable() -> None:
     assert Config(fail=("RCPT * 550",)) in configs
 
 
+def test_typed_options() -> None:
+    """Type checkers see the fields of Config with their types."""
+    classes = {
+        node.name: {
+            item.target.id: ast.unparse(item.annotation)
+            for item in node.body
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+        }
+        for node in ast.walk(ast.parse(SCRIPT.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert classes["Options"] == classes["Config"]
+
+
 def test_unknown_warning_name() -> None:
     with pytest.raises(ValueError, match="ignore: unknown name typo; one of bare-lf, bare-cr"):
         dsmtpd.Server(ignore=["typo"])
@@ -2983,7 +2997,8 @@ def test_capture_exceptions() -> None:
             pass
     with pytest.raises(ValueError, match="port"), dsmtpd.capture(port=-1):
         pass
-    with pytest.raises(TypeError, match="unknown option"), dsmtpd.capture(unknown=1):
+    unknown: dict[str, Any] = {"unknown": 1}
+    with pytest.raises(TypeError, match="unknown option"), dsmtpd.capture(**unknown):
         pass
     assert threading.active_count() == before
 
@@ -3177,21 +3192,75 @@ def test_message(smtpd):
 def test_inbox_is_empty(smtpd):
     assert smtpd.messages == []
 """
+MARKER_FILE = """
+import pytest
+
+pytestmark = pytest.mark.smtpd(max_size=1000, strict=True)
+
+def ehlo(smtpd):
+    import smtplib
+    with smtplib.SMTP(smtpd.host, smtpd.port) as client:
+        client.ehlo()
+        return client.esmtp_features["size"], client.has_extn("starttls"), client.rcpt("x")
+
+def test_module(smtpd):
+    assert ehlo(smtpd)[0] == "1000"
+
+@pytest.mark.smtpd(max_size=2000, fail=["RCPT * 451 4.7.1 Later"])
+class TestClass:
+    def test_class(self, smtpd):
+        assert ehlo(smtpd) == ("2000", False, (451, b"4.7.1 Later"))
+
+    @pytest.mark.smtpd(max_size=3000)
+    def test_function(self, smtpd):
+        assert ehlo(smtpd) == ("3000", False, (451, b"4.7.1 Later"))
+
+@pytest.mark.smtpd(fial=[])
+def test_unknown(smtpd): pass
+
+@pytest.mark.smtpd("starttls")
+def test_positional(smtpd): pass
+"""
 
 
-def test_pytest_plugin_of_copied_file(tmp_path: Path) -> None:
-    shutil.copy(SCRIPT, tmp_path)
-    (tmp_path / "test_it.py").write_text(PYTEST_FILE)
+def run_pytest(folder: Path, *arguments: str) -> str:
+    """Run pytest with a copy of the module, and return its output."""
+    shutil.copy(SCRIPT, folder)
     completed = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "dsmtpd", "-W", "error", "-q"],
-        cwd=tmp_path,
+        [sys.executable, "-m", "pytest", "-W", "error", "-q", "--strict-markers", *arguments],
+        cwd=folder,
         capture_output=True,
         encoding="utf-8",
         check=False,
     )
-    assert "2 passed" in completed.stdout, completed.stdout
+    return completed.stdout
+
+
+def test_pytest_plugin_of_copied_file(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["dsmtpd"]')
+    (tmp_path / "test_it.py").write_text(PYTEST_FILE)
+    assert "2 passed" in run_pytest(tmp_path)
     check = "import sys, dsmtpd; sys.exit('pytest' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
+
+
+def test_pytest_marker(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["dsmtpd"]')
+    (tmp_path / "test_it.py").write_text(MARKER_FILE)
+    output = run_pytest(tmp_path)
+    assert "3 passed, 2 errors" in output, output
+    assert "TypeError: unknown option 'fial'; the options are interface, port" in output
+    assert "TypeError: the options of the marker smtpd are keyword arguments" in output
+
+
+def test_fixture_of_smtpdfix_wins(tmp_path: Path) -> None:
+    (tmp_path / "smtpdfix").mkdir()
+    (tmp_path / "smtpdfix" / "__init__.py").touch()
+    (tmp_path / "smtpdfix" / "fixture.py").write_text(
+        "import pytest\n@pytest.fixture\ndef smtpd(): return 'smtpdfix'\n"
+    )
+    (tmp_path / "test_it.py").write_text("def test_it(smtpd): assert smtpd == 'smtpdfix'\n")
+    assert "1 passed" in run_pytest(tmp_path, "-p", "smtpdfix.fixture", "-p", "dsmtpd")
 
 
 def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -3395,6 +3464,21 @@ def test_closed_standard_output(tmp_path: Path) -> None:
     )
     assert len(mailbox.Maildir(tmp_path / "mail")) == 1
     assert b"dsmtpd.py" not in completed.stderr
+
+
+def test_expect_no_message(temp_dir: Path, tmp_path: Path) -> None:
+    """--expect 0 asserts that no message was sent."""
+    nothing = [sys.executable, "-c", ""]
+    assert command("-p", "0", "--expect", "0", "--", *nothing).returncode == 0
+    completed = command("-p", "0", "--expect", "0", "--", *SEND, "1")
+    assert completed.returncode == 1
+    assert "Expected 0 messages: 1 arrived" in completed.stderr
+    mail = ["-d", str(tmp_path / "mail")]
+    assert command("-p", "0", *mail, "--expect", "0", "--timeout", "0.1").returncode == 0
+    with process("--expect", "0", *mail, cwd=tmp_path) as server:
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            client.sendmail("a@b", ["c@d"], CLEAN)
+        assert server.wait()[0] == 1
 
 
 def test_expect_without_command(tmp_path: Path) -> None:
