@@ -115,7 +115,7 @@ S: 250-CHUNKING
 S: 250-BINARYMIME
 S: 250-DSN
 S: 250-HELP
-S: 250 AUTH PLAIN LOGIN
+S: 250 AUTH PLAIN LOGIN XOAUTH2
 """
 
 DIALOGUES = {
@@ -209,7 +209,7 @@ S: 250-CHUNKING
 S: 250-BINARYMIME
 S: 250-DSN
 S: 250-HELP
-S: 250 AUTH PLAIN LOGIN
+S: 250 AUTH PLAIN LOGIN XOAUTH2
 C: AUTH login
 S: 334 VXNlcm5hbWU6
 C: dXNlcg==
@@ -493,7 +493,7 @@ INVALID_PATHS = {
     "<a@-b>": "BAD",
     "<a@b->": "BAD",
     "<a@b..c>": "BAD",
-    "<a@b_c>": "BAD",
+    "<a@_>x": "5.5.4",
     "<a@b c>": "BAD",
     "<a@[256.0.0.1]>": "BAD",
     "<a@[1.2.3]>": "BAD",
@@ -1169,7 +1169,7 @@ def test_memory_of_large_message() -> None:
         ({"port": -1}, "from 0"),
         ({"max_size": -1}, "0 for no limit"),
         ({"interface": " "}, "127.0.0.1"),
-        ({"tls": "ssl"}, "tls: must be one of starttls, implicit, not ssl"),
+        ({"tls": "ssl"}, "tls: must be one of starttls, required, implicit, not ssl"),
         ({"cert": "x.pem"}, "cert: requires tls"),
     ],
 )
@@ -1186,7 +1186,7 @@ def test_invalid_config(options: dict[str, Any], text: str) -> None:
         ({"port": "25"}, "port: must be an integer, not '25'"),
         ({"port": True}, "port: must be an integer, not True"),
         ({"max_size": 1.5}, "max_size: must be an integer"),
-        ({"tls": 1}, "tls: must be one of starttls, implicit"),
+        ({"tls": 1}, "tls: must be one of starttls, required, implicit"),
         ({"strict": "yes"}, "strict: must be True or False"),
         ({"interface": None}, "interface: must be a string"),
         ({"directory": 1}, "directory: must be a path or None"),
