@@ -2770,7 +2770,8 @@ def test_module_and_zipapp(tmp_path: Path) -> None:
     assert len(list((tmp_path / "mail" / "new").iterdir())) == 2
 
 
-PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input")
+# pip caches a wheel built from an sdist by its path; another run may have the same path.
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-cache-dir")
 
 
 def build_wheel(source: Path, directory: Path) -> Path:
