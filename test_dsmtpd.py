@@ -10,6 +10,7 @@ import email.message
 import email.policy
 import email.utils
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -30,6 +31,7 @@ import threading
 import tracemalloc
 import unittest
 import zipapp
+import zipfile
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -2907,21 +2909,45 @@ def test_module_and_zipapp(tmp_path: Path) -> None:
     assert len(list((tmp_path / "mail" / "new").iterdir())) == 2
 
 
-def test_wheel(tmp_path: Path) -> None:
-    """The wheel can be built, installed and run."""
-    source, site = tmp_path / "source", tmp_path / "site"
-    source.mkdir()
-    for name in ("dsmtpd.py", "pyproject.toml", "README.rst", "LICENSE"):
-        shutil.copy(HERE / name, source)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheel: list[str | Path] = ["wheel", "--no-deps", "--no-build-isolation"]
-    wheel += ["--wheel-dir", tmp_path, source]
-    subprocess.run([*pip, *wheel], check=True)
-    (built,) = tmp_path.glob("*.whl")
-    assert built.name == f"dsmtpd-{dsmtpd.__version__}-py3-none-any.whl"
+# pip caches a wheel built from an sdist by its path; another run may have the same path.
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-cache-dir")
+
+
+def build_wheel(source: Path, directory: Path) -> Path:
+    """Build a wheel from a source tree or an sdist, without network."""
+    offline = ("--no-index", "--no-deps", "--no-build-isolation")
     subprocess.run(
-        [*pip, "install", "--no-deps", "--no-index", "--target", site, built], check=True
+        [*PIP, "wheel", *offline, "--wheel-dir", directory, source],
+        check=True,
+        env={**os.environ, "SOURCE_DATE_EPOCH": str(int(NOW.timestamp()))},
     )
+    (wheel,) = directory.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("source")
+    (source / "contrib").mkdir()
+    needed = ("dsmtpd.py", "pyproject.toml", "README.rst", "LICENSE", "contrib/build_backend.py")
+    for name in needed:
+        shutil.copy(HERE / name, source / name)
+    return build_wheel(source, tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for sys.path in which the wheel is installed."""
+    path = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [*PIP, "install", "--no-deps", "--no-index", "--target", path, wheel], check=True
+    )
+    return path
+
+
+def test_wheel(wheel: Path, site: Path, tmp_path: Path) -> None:
+    """The wheel can be installed and run."""
+    assert wheel.name == f"dsmtpd-{dsmtpd.__version__}-py3-none-any.whl"
     program = next((site / "bin").glob("dsmtpd*"))
     completed = subprocess.run(
         [program, "--version"],
@@ -2935,6 +2961,69 @@ def test_wheel(tmp_path: Path) -> None:
     metadata = (site / f"dsmtpd-{dsmtpd.__version__}.dist-info" / "METADATA").read_text("utf-8")
     assert "Requires-Dist" not in metadata
     assert (dsmtpd.__doc__ or "").splitlines()[0] in metadata
+
+
+def test_wheel_record(wheel: Path) -> None:
+    """RECORD lists each file of the wheel with its hash and size."""
+    info = f"dsmtpd-{dsmtpd.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert files["dsmtpd.py"] == files["dsmtpd-stubs/__init__.pyi"] == SCRIPT.read_bytes()
+    assert {name.partition("/")[0] for name in files} == {"dsmtpd.py", "dsmtpd-stubs", info}
+    expected = {f"{info}/RECORD,,"}
+    for name, content in files.items():
+        if name != f"{info}/RECORD":
+            digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode()
+            expected.add(f"{name},sha256={digest.rstrip('=')},{len(content)}")
+    assert sorted(files[f"{info}/RECORD"].decode().splitlines()) == sorted(expected)
+
+
+def test_wheel_from_sdist(wheel: Path, tmp_path: Path) -> None:
+    """The wheel built from the sdist is the same."""
+    build = "import build_backend, sys; build_backend.build_sdist(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": str(HERE / "contrib")}
+    subprocess.run([sys.executable, "-c", build, tmp_path], check=True, cwd=HERE, env=environment)
+    sdist = tmp_path / f"dsmtpd-{dsmtpd.__version__}.tar.gz"
+    assert build_wheel(sdist, tmp_path).read_bytes() == wheel.read_bytes()
+
+
+def test_wheel_types(site: Path, tmp_path: Path) -> None:
+    """mypy finds the types of the installed module."""
+    pytest.importorskip("mypy")
+    correct = """\
+import dsmtpd
+from dsmtpd import Config, Envelope, Server, SMTPError
+
+def handler(envelope: Envelope) -> None:
+    if "spam" in envelope.subject:
+        raise SMTPError(554, "5.7.1", "Spam is not accepted")
+
+server: Server = Server(Config(port=0), handler=handler)
+with dsmtpd.capture(handler=handler) as inbox:
+    subject: str = inbox.wait(to="user@test.com", timeout=5).subject
+"""
+    wrong = {
+        'inbox.wait(too="user@test.com")': 'Unexpected keyword argument "too"',
+        "number: int = inbox.wait().subject": 'expression has type "str"',
+        'SMTPError(554, "5.7.1", b"Spam")': 'Argument 3 to "SMTPError"',
+        "inbox.mails": '"Inbox" has no attribute "mails"',
+    }
+    (tmp_path / "user.py").write_text(correct + "\n".join(wrong) + "\n", "utf-8")
+    completed = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=", "--strict", "user.py"],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        cwd=tmp_path,
+        # mypy reads PYTHONPATH like site-packages, and MYPYPATH like the user's own code.
+        env={**os.environ, "PYTHONPATH": str(site), "MYPYPATH": ""},
+    )
+    errors = [line for line in completed.stdout.splitlines() if ": error: " in line]
+    assert len(errors) == len(wrong), completed.stdout + completed.stderr
+    first = correct.count("\n") + 1
+    for number, (error, text) in enumerate(zip(errors, wrong.values(), strict=True), first):
+        assert error.startswith(f"user.py:{number}: error: ")
+        assert text in error
 
 
 # --- Capture --------------------------------------------------------------------------------
