@@ -590,6 +590,10 @@ PARAMETERS = [
     ("RCPT", "NOTIFY=NEVER,SUCCESS", "501 5.5.4"),
     ("RCPT", "NOTIFY=", "501 5.5.4"),
     ("RCPT", "ORCPT=rfc822;a+40b@c", "250"),
+    ("RCPT", "ORCPT=utf-8;a\\x{E9}@b", "250"),
+    ("RCPT", "ORCPT=utf-8;a+E9@b", "501 5.5.4"),
+    ("RCPT", "ORCPT=utf-8;\u00e9@b", "553 5.6.7"),
+    ("RCPT", "ORCPT=rfc822;\u00e9@b", "501 5.5.4"),
     ("RCPT", "ORCPT=a@b", "501 5.5.4"),
     ("RCPT", "ORCPT=rfc822;a+0Db@c", "501 5.5.4"),
     ("RCPT", "ORCPT=rfc822;a ORCPT=rfc822;a", "501 5.5.4"),
@@ -976,6 +980,160 @@ def test_starttls_discards_transaction_and_user() -> None:
     assert client.session.user is None
 
 
+# Before TLS, with --tls required: the code of the reply to each command.
+REQUIRED = """
+EHLO x       250
+HELO x       250
+NOOP         250
+RSET         250
+HELP         214
+MAIL FROM:<a@b> 530
+RCPT TO:<a@b> 530
+DATA         530
+VRFY x       530
+AUTH PLAIN   530
+BDAT 0       530
+EXPN x       502
+XYZZY        500
+STARTTLS x   501
+QUIT         221
+"""
+
+
+def test_required_tls() -> None:
+    for line in REQUIRED.strip().splitlines():
+        command, code = line[:-3].strip(), line[-3:]
+        client = Client(tls="required")
+        client.codes("EHLO x")
+        assert client.codes(command) == code, command
+    client = Client(tls="required")
+    assert b"AUTH" not in client.send(b"EHLO x\r\n")
+    assert client.send(b"MAIL FROM:<a@b>\r\n") == (
+        b"530 5.7.0 Must issue a STARTTLS command first\r\n"
+    )
+    client.send(b"STARTTLS\r\n")
+    assert b"AUTH PLAIN" in client.send(b"EHLO x\r\n")
+    assert client.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", ".") == "250 250 354 250"
+    assert client.envelopes[0].protocol == "ESMTPS"
+    client = Client(tls="required")
+    assert client.send(b"EHLO x\r\nBDAT 6\r\nQUIT\r\nNOOP\r\n").endswith(
+        b"530 5.7.0 Must issue a STARTTLS command first\r\n250 2.0.0 OK\r\n"
+    )
+
+
+def test_login_without_tls() -> None:
+    """A warning where TLS is offered, since a real server refuses it."""
+    login = "AUTH PLAIN " + b64("\0user\0secret")
+    for tls, upgrade, names in [
+        (None, [], []),
+        ("starttls", [], ["plaintext-auth"]),
+        ("starttls", ["STARTTLS", HELLO], []),
+        ("implicit", [], []),
+    ]:
+        client = Client(tls=tls)
+        client.codes(HELLO, *upgrade, login, "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+        client.send(CLEAN.encode() + b".\r\n")
+        warnings = [text.partition(":")[0] for text in client.envelopes[0].warnings]
+        assert warnings == names, (tls, upgrade)
+
+
+@pytest.mark.parametrize("line", ["MAIL FROM:<a@b>", "RCPT TO:<a@b>", "DATA", "VRFY x", "BDAT 0"])
+def test_commands_that_require_a_login(line: str) -> None:
+    client = Client(auth={"user": "secret"})
+    assert client.codes(HELLO, line) == "250 530"
+    client.codes("AUTH PLAIN " + b64("\0user\0secret"))
+    assert client.codes(line) != "530"
+
+
+def test_bdat_without_a_login() -> None:
+    client = Client(auth={"user": "secret"})
+    assert client.codes(HELLO, "BDAT 6", "QUIT", "NOOP") == "250 530 - 250"
+
+
+def test_xoauth2() -> None:
+    response = b64("user=you@x.test\x01auth=Bearer token\x01\x01")
+    for auth, code in (({}, "235"), ({"you@x.test": "token"}, "235"), ({"you@x.test": "x"}, "535")):
+        for lines in (["AUTH XOAUTH2 " + response], ["auth xoauth2", response]):
+            client = Client(auth=auth)
+            assert client.codes(HELLO, *lines).split()[-1] == code
+            assert client.session.user == ("you@x.test" if code == "235" else None)
+    for wrong in ("user=a", "user=a\x01auth=Basic b\x01\x01", ""):
+        assert Client().codes(HELLO, "AUTH XOAUTH2", b64(wrong)) == "250 334 501"
+
+
+# Keyword, what is sent, the codes of the replies, and what the reply to EHLO lacks.
+WITHOUT: list[tuple[str, list[str], str]] = [
+    ("SIZE", ["MAIL FROM:<a@b> SIZE=1", "MAIL FROM:<a@b>"], "555 250"),
+    ("8BITMIME", ["MAIL FROM:<a@b> BODY=8BITMIME", "MAIL FROM:<a@b> BODY=BINARYMIME"], "555 555"),
+    ("BINARYMIME", ["MAIL FROM:<a@b> BODY=BINARYMIME", "MAIL FROM:<a@b> BODY=8BITMIME"], "501 250"),
+    ("SMTPUTF8", ["MAIL FROM:<a@b> SMTPUTF8", "MAIL FROM:<\u00e9@b>"], "555 553"),
+    ("CHUNKING", ["BDAT 4 LAST", "QUIT"], "502 221"),
+    (
+        "DSN",
+        ["MAIL FROM:<a@b> RET=FULL", "MAIL FROM:<a@b>", "RCPT TO:<c@d> NOTIFY=NEVER"],
+        "555 250 555",
+    ),
+    ("HELP", ["HELP"], "502"),
+    ("STARTTLS", ["STARTTLS"], "502"),
+    ("AUTH", ["AUTH PLAIN", "MAIL FROM:<a@b> AUTH=<>"], "502 555"),
+]
+
+
+@pytest.mark.parametrize(("keyword", "lines", "codes"), WITHOUT)
+def test_without_extension(keyword: str, lines: list[str], codes: str) -> None:
+    client = Client(without=[keyword.lower()], tls="starttls")
+    assert keyword.encode() not in client.send(b"EHLO x\r\n")
+    assert client.codes(*lines) == codes
+    assert keyword.encode() in Client(tls="starttls").send(b"EHLO x\r\n")
+
+
+def test_without_enhanced_status_codes() -> None:
+    client = Client(without=["ENHANCEDSTATUSCODES"])
+    client.send(b"EHLO x\r\n")
+    assert client.send(b"NOOP\r\nXYZZY\r\n") == b"250 OK\r\n500 Command not recognized\r\n"
+
+
+def test_without_pipelining() -> None:
+    client = Client(without=["PIPELINING"])
+    client.send(b"EHLO x\r\n")
+    client.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")
+    client.codes("DATA")
+    client.send(CLEAN.encode() + b".\r\n")
+    assert client.envelopes[0].warnings == [
+        "early-talker: data was sent before the reply to MAIL (RFC 2920 section 3.1)"
+    ]
+
+
+def test_without_unknown_extension() -> None:
+    with pytest.raises(ValueError, match=r"without: must be one of SIZE, 8BITMIME, .*, not X"):
+        Config(without=["x"])
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("root@container_name_1", "address-syntax"),
+        ("a@_b.test", "address-syntax"),
+        ("under_score@b.test", ""),
+        ("under_score", ""),
+    ],
+)
+def test_underscores_in_domains(address: str, name: str) -> None:
+    for mail_from, rcpt_to in ((address, "c@d"), ("a@b", address)):
+        client = Client()
+        lines = [HELLO, f"MAIL FROM:<{mail_from}>", f"RCPT TO:<{rcpt_to}>", "DATA"]
+        assert client.codes(*lines) == "250 250 250 354"
+        client.send(CLEAN.encode() + b".\r\n")
+        names = [text.partition(":")[0] for text in client.envelopes[0].warnings]
+        assert names == ([name] if name else [])
+    client = Client()
+    client.codes(
+        HELLO, f"MAIL FROM:<{address}>", "RSET", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA"
+    )
+    client.send(CLEAN.encode() + b".\r\n")
+    assert client.envelopes[0].warnings == []
+
+
 def test_session_with_implicit_tls() -> None:
     client = client_with_recipient(tls="implicit")
     assert client.codes("STARTTLS", "DATA", ".") == "503 354 250"
@@ -1037,11 +1195,44 @@ def test_bdat_with_invalid_arguments(argument: str) -> None:
 
 
 def test_binary_content_is_stored_unchanged(tmp_path: Path) -> None:
+    """The trace header has the line end of the content."""
     store = dsmtpd.MaildirStore(tmp_path)
     binary = b"Content-Transfer-Encoding: binary\r\n\r\n\x00\r\n\xff"
-    for body, content in (("BINARYMIME", binary), ("8BITMIME", binary.replace(b"\r\n", b"\n"))):
-        path = store.store(envelope(mail_options={"BODY": body}, content=binary))
-        assert path.read_bytes().endswith(b" +0000\n" + content)
+    unix = b"Content-Transfer-Encoding: binary\n\n\x00\r\n\xff"
+    for body, content, stored in [
+        ("BINARYMIME", binary, b" +0000\r\n" + binary),
+        ("BINARYMIME", unix, b" +0000\n" + unix),
+        ("8BITMIME", binary, b" +0000\n" + binary.replace(b"\r\n", b"\n")),
+    ]:
+        path = store.store(envelope(mail_options={"BODY": body}, content=content))
+        assert path.read_bytes().endswith(stored)
+        header = path.read_bytes()[: -len(content)]
+        assert (b"\r\n" in header) is (stored == b" +0000\r\n" + binary)
+
+
+@pytest.mark.parametrize(
+    ("content", "stored"),
+    [
+        (b"", b"\n"),
+        (b"\r\n", b"\n"),
+        (b"Subject: Hi", b"Subject: Hi\n\n"),
+        (b"Subject: Hi\r\n", b"Subject: Hi\n\n"),
+        (b"Subject: Hi\r\n\r\n", b"Subject: Hi\n\n"),
+        (b"Subject: Hi\r\n\r\nText", b"Subject: Hi\n\nText"),
+        (b"Hello!\r\n", b"\nHello!\n"),
+        (b" folded\r\nText", b"\n folded\nText"),
+        (b"From me\r\nX: y\r\n\r\n", b"\nFrom me\nX: y\n\n"),
+        (b"\r\nText", b"\nText"),
+    ],
+)
+def test_stored_file_has_an_empty_line(content: bytes, stored: bytes, tmp_path: Path) -> None:
+    """The header section ends with an empty line, and content is never a part of our fields."""
+    path = dsmtpd.MaildirStore(tmp_path).store(envelope(content=content))
+    header = dsmtpd.trace_header(envelope(), path.name)
+    assert path.read_bytes() == header + stored
+    message = mailbox.Maildir(tmp_path, create=False)[path.name]
+    assert message["Received"].endswith("+0000")
+    assert envelope(content=content).content == content
 
 
 # --- Limits -------------------------------------------------------------------------------
@@ -1311,6 +1502,7 @@ FAILURES: list[tuple[list[str], list[str], str]] = [
         "501 501 421",
     ),
     (["NOOP * 500"], ["NOOP"] * 40, " ".join(["500"] * 40)),
+    (["NOOP * 550 5.7.1 Go drop it"], ["NOOP", "NOOP"], "550 550"),
 ]
 
 
@@ -1341,6 +1533,33 @@ def test_drop_and_delay_for_each_verb(verb: str, caplog: pytest.LogCaptureFixtur
     dropped = Client(fail=[f"{verb} * drop"])
     replies = dropped.greeting + dropped.send(data)
     assert replies.partition(b"<Close()>\r\n")[0] == first
+
+
+@pytest.mark.parametrize(
+    ("rule", "reply"),
+    [
+        ("NOOP * 421 4.7.0 Bye drop", b"421 4.7.0 Bye\r\n"),
+        ("NOOP * 554 drop", b"554 5.0.0 Scripted failure\r\n<Close()>\r\n"),
+        ("NOOP * 554 5.7.1 drop", b"554 5.7.1 Scripted failure\r\n<Close()>\r\n"),
+        ("NOOP * 554 Go away DROP", b"554 5.0.0 Go away\r\n<Close()>\r\n"),
+    ],
+)
+def test_rule_that_replies_and_drops(rule: str, reply: bytes) -> None:
+    assert Client(fail=[rule]).send(b"NOOP\r\n").startswith(reply)
+
+
+def test_rules_of_a_running_server() -> None:
+    with dsmtpd.capture(fail=["RCPT * 550"]) as inbox:
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            send(inbox)
+        inbox.fail(". * 554 5.6.0 No", "DATA * ok")
+        with pytest.raises(smtplib.SMTPDataError, match="No"):
+            send(inbox)
+        with pytest.raises(ValueError, match="expected one of"):
+            inbox.fail("nonsense")
+        inbox.fail()
+        send(inbox)
+        assert len(inbox.messages) == 1
 
 
 def test_rejecting_greeting() -> None:
@@ -2300,6 +2519,24 @@ def test_too_many_connections_with_implicit_tls(pem: Path, monkeypatch: pytest.M
             peer = await Peer.connect(server)
             assert await peer.reply() == ""
             await peer.close()
+
+    run(scenario)
+
+
+def test_no_delay() -> None:
+    """Replies are sent at once, also in several small writes of TLS."""
+
+    async def scenario() -> None:
+        for sockets in (None, [socket.create_server(("127.0.0.1", 0))]):
+            server = Server(port=0, handler=print)
+            await server.start(sockets)
+            peer = await Peer.connect(server)
+            await peer.reply()
+            for connection in server._connections.values():
+                sock = connection._writer.get_extra_info("socket")
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            await peer.close()
+            await server.close()
 
     run(scenario)
 
@@ -4482,10 +4719,13 @@ ADDED_AFTER_3_10 = {"annotationlib", "compression", "tomllib"}
 def test_imports() -> None:
     """dsmtpd.py imports the standard library of Python 3.10, and pytest only in functions."""
     tree = ast.parse(SCRIPT.read_text("utf-8"))
-    functions = [
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    in_functions = {node for function in functions for node in ast.walk(function)}
+    in_functions: set[ast.AST] = set()
+    for_type_checkers: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            in_functions.update(ast.walk(node))
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for_type_checkers.update(ast.walk(node))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = {alias.name.partition(".")[0] for alias in node.names}
@@ -4495,6 +4735,8 @@ def test_imports() -> None:
             continue
         if node in in_functions:
             modules -= {"pytest"}
+        if node in for_type_checkers:
+            modules -= {"typing_extensions"}
         assert modules <= sys.stdlib_module_names - ADDED_AFTER_3_10
 
 
