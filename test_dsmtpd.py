@@ -3979,6 +3979,52 @@ def test_warnings_for_common_clients() -> None:
                 client.sendmail("a@b", ["nobody@d"], "")
 
 
+@pytest.mark.filterwarnings("ignore")  # newer versions of Django deprecate get_connection()
+def test_django_messages_have_no_warnings() -> None:
+    """In any language, as Django sends them by default."""
+    django = pytest.importorskip("django")
+    mail = pytest.importorskip("django.core.mail")
+    if not django.conf.settings.configured:
+        django.conf.settings.configure(USE_I18N=False)
+    backend = "django.core.mail.backends.smtp.EmailBackend"
+    with dsmtpd.capture() as inbox:
+        connection = mail.get_connection(backend, host=inbox.host, port=inbox.port)
+        for text in ("Grüße aus Köln", "こんにちは世界"):
+            message = mail.EmailMultiAlternatives(
+                text, text, "a@b.test", ["c@d.test"], bcc=["e@f.test"], connection=connection
+            )
+            message.attach_alternative(f"<p>{text}</p>", "text/html")
+            message.attach("größe.txt", text, "text/plain")
+            message.send()
+            mail.EmailMessage(
+                text, text * 500, "a@b.test", ["c@d.test"], connection=connection
+            ).send()
+        assert [message.warnings for message in inbox.messages] == [[]] * 4
+        assert inbox.messages[0].text.strip() == "Grüße aus Köln"
+        assert inbox.messages[2].html == "<p>こんにちは世界</p>"
+        assert inbox.messages[2].attachments[0].name == "größe.txt"
+
+
+NODEMAILER = """
+const transport = require("nodemailer").createTransport({host: process.env.SMTP_HOST,
+    port: process.env.SMTP_PORT, ignoreTLS: true});
+const send = text => transport.sendMail({from: "a@b.test", to: "c@d.test", bcc: "e@f.test",
+    subject: text, text, html: `<p>${text}</p>`,
+    attachments: [{filename: "größe.txt", content: text}]});
+send("Grüße aus Köln").then(() => send("こんにちは世界"));
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+def test_nodemailer_messages_have_no_warnings(tmp_path: Path) -> None:
+    """With the folder of Nodemailer in NODE_PATH."""
+    if subprocess.run(["node", "-e", "require('nodemailer')"], capture_output=True).returncode:
+        pytest.skip("needs Nodemailer")
+    completed = command("-p", "0", "--strict", "--expect", "2", "--", "node", "-e", NODEMAILER)
+    assert completed.returncode == 0, completed.stderr
+    assert "WARNING" not in completed.stderr
+
+
 # --- Output ---------------------------------------------------------------------------------
 
 
