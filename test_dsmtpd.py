@@ -4001,7 +4001,7 @@ def test_django_messages_have_no_warnings() -> None:
             ).send()
         assert [message.warnings for message in inbox.messages] == [[]] * 4
         assert inbox.messages[0].text.strip() == "Grüße aus Köln"
-        assert inbox.messages[2].html == "<p>こんにちは世界</p>"
+        assert inbox.messages[2].html.strip() == "<p>こんにちは世界</p>"
         assert inbox.messages[2].attachments[0].name == "größe.txt"
 
 
