@@ -3391,8 +3391,8 @@ def test_refused() -> None:
             with contextlib.suppress(smtplib.SMTPRecipientsRefused):
                 send(inbox)
         assert len(inbox.messages) == 1
-        assert [(item.verb, item.argument, str(item.reply)) for item in inbox.refused] == [
-            ("RCPT", "to:<c@d>", "451 4.7.1 Greylisted")
+        assert [(item.verb, item.argument.upper(), str(item.reply)) for item in inbox.refused] == [
+            ("RCPT", "TO:<C@D>", "451 4.7.1 Greylisted")
         ] * 2
         assert inbox.refused[0].peer.startswith("127.0.0.1:")
         assert inbox.refused[0].time <= inbox.refused[1].time
