@@ -1696,7 +1696,7 @@ class Session:
         return READY_FOR_TLS
 
     def _begin_tls(self) -> StartTLS:
-        """State: start again without any knowledge of the client (RFC 3207 section 4.2)."""
+        """State: start again; the client must send EHLO again (RFC 3207 section 4.2)."""
         self._buffer.clear()
         self.tls = True
         self.helo = self.user = self.transaction = None
@@ -3106,6 +3106,14 @@ class _Output:
             self._file = None
 
 
+class _StartError(Exception):
+    """The server cannot start; the program ends with this exit status."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
 class _Program:
     """One run of the program: the server, its output, and the command after "--"."""
 
@@ -3122,26 +3130,10 @@ class _Program:
         """Run until the program is stopped; return the exit status."""
         limit_loop_errors(asyncio.get_running_loop())
         try:
-            handler = _load_handler(self._args.handler) if self._args.handler else None
-        except ValueError as error:
-            log.error("Cannot start: %s", error)
-            return 2
-        try:
-            sockets = _systemd_sockets() or listen(self._config)
-        except (OSError, ValueError) as error:
-            log.error("Cannot listen on %s", _listen_error(self._config, error))
-            return 3
-        server = Server(
-            self._config,
-            handler=handler,
-            on_message=self._on_message,
-            on_refusal=self._on_refusal,
-        )
-        try:
-            await server.start(sockets)
-        except (OSError, ValueError, mailbox.Error) as error:
-            log.error("Cannot start: %s", error)
-            return 2
+            server = await self._start()
+        except _StartError as error:
+            log.error("%s", error)
+            return error.status
         _on_signals(self._on_signal)
         self._announce(server)
         if self._args.command:
@@ -3152,6 +3144,28 @@ class _Program:
         await server.close()
         expectation_status = self._check_expectation(server)
         return status or expectation_status
+
+    async def _start(self) -> Server:
+        try:
+            handler = _load_handler(self._args.handler) if self._args.handler else None
+        except ValueError as error:
+            raise _StartError(2, f"Cannot start: {error}") from error
+        try:
+            sockets = _systemd_sockets() or listen(self._config)
+        except (OSError, ValueError) as error:
+            text = f"Cannot listen on {_listen_error(self._config, error)}"
+            raise _StartError(3, text) from error
+        server = Server(
+            self._config,
+            handler=handler,
+            on_message=self._on_message,
+            on_refusal=self._on_refusal,
+        )
+        try:
+            await server.start(sockets)
+        except (OSError, ValueError, mailbox.Error) as error:
+            raise _StartError(2, f"Cannot start: {error}") from error
+        return server
 
     def _check_expectation(self, server: Server) -> int:
         """Return the exit status, and log why it is not 0."""
