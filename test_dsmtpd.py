@@ -3512,6 +3512,7 @@ def example(language: str, text: str) -> str:
 
 def command_line(text: str) -> str:
     """Return the only line that begins with the text, in a block without a language."""
+    line: str
     (line,) = re.findall(rf"^    ({re.escape(text)}(?:.*\\\n)*.*)$", README, re.M)
     return line
 
@@ -3747,11 +3748,10 @@ def test_smtplib_with_tls_of_the_readme(certificate: Path, monkeypatch: pytest.M
     monkeypatch.chdir(certificate)
     (expression,) = re.findall(r"``(ssl.create_default_context.*?)``", README)
     context = eval(expression)
-    files = {"cert": "cert.pem", "key": "key.pem"}
-    with dsmtpd.capture(tls="starttls", **files) as inbox:
+    with dsmtpd.capture(tls="starttls", cert="cert.pem", key="key.pem") as inbox:
         with smtplib.SMTP(inbox.host, inbox.port) as client:
             client.starttls(context=context)
-    with dsmtpd.capture(tls="implicit", **files) as inbox:
+    with dsmtpd.capture(tls="implicit", cert="cert.pem", key="key.pem") as inbox:
         with smtplib.SMTP_SSL(inbox.host, inbox.port, context=context) as client:
             client.noop()
 
