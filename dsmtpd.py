@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import codecs
 import concurrent.futures
 import contextlib
 import email
 import email.header
 import email.message
 import errno
+import html
 import importlib
 import inspect
 import logging
@@ -37,7 +39,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import format_datetime
@@ -45,7 +55,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     import email.policy
@@ -56,7 +66,17 @@ if (python := sys.version_info) < (3, 10):  # dsmtpd requires Python 3.10 or new
     sys.exit("dsmtpd requires Python 3.10 or newer, not {}.{}".format(*python))
 
 __version__ = "2.0.0"
-__all__ = ["Config", "Envelope", "Inbox", "Reply", "SMTPError", "Server", "capture"]
+__all__ = [
+    "Attachment",
+    "Config",
+    "Envelope",
+    "Inbox",
+    "Refusal",
+    "Reply",
+    "SMTPError",
+    "Server",
+    "capture",
+]
 
 log = logging.getLogger("dsmtpd")
 # Without a handler, logging prints warnings to standard error, also in tests with capture().
@@ -96,6 +116,9 @@ SUBJECT_SEARCH_SIZE = 65_536
 # Octets of the content in which the lint searches for the header fields.
 FIELDS_SEARCH_SIZE = 1_048_576
 
+# Characters of a MIME header field that are parsed; the parser is slow for long ones.
+MAX_MIME_FIELD_LENGTH = 2000
+
 # Characters of adjacent encoded-words that are decoded; the decoder is slow for long ones.
 MAX_ENCODED_LENGTH = 4096
 
@@ -109,8 +132,8 @@ STOP_TIMEOUT = 0.5
 # it has accepted but not yet passed to the server.
 ACCEPT_GRACE = 0.001
 
-# Seconds that clients have to send QUIT when the block of capture() ends.
-QUIT_GRACE = 0.2
+# Seconds after its last message that a client has to send QUIT when the block of capture() ends.
+QUIT_GRACE = 0.1
 
 # Seconds after which a thread that stores messages counts as blocked, and the messages that wait
 # for it get threads of their own.
@@ -126,11 +149,15 @@ KILL_TIMEOUT = 5.0
 READ_SIZE = 65_536
 
 
+TLS_MODES = ("starttls", "implicit")
+
+
 @dataclass(frozen=True)
 class Config:
     """The options of a server, named as on the command line.
 
-    Raises ValueError for an invalid value; the text names the option and what it accepts.
+    Raises TypeError or ValueError for an invalid value; the text names the option and what
+    it accepts.
     """
 
     interface: str = "127.0.0.1"
@@ -149,17 +176,22 @@ class Config:
     """PEM file of the certificate; None creates a temporary one for localhost."""
     key: str | os.PathLike[str] | None = None
     """PEM file of the private key; None if the file of the certificate contains it."""
-    auth: dict[str, str] = field(default_factory=dict, repr=False)
+    auth: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     """{user: password} of the users who may log in. MAIL then requires a login. If it is
     empty, every login succeeds and none is required."""
-    fail: list[str] = field(default_factory=list)
-    """Failure rules in the syntax of parse_rule(), which Server calls."""
+    fail: Sequence[str] = ()
+    """Failure rules in the syntax of parse_rule(); the first rule that matches applies."""
     strict: bool = False
     """Whether to reject messages that lint() warns about."""
+    ignore: Sequence[str] = ()
+    """Names of warnings that are not given."""
     reuse_port: bool = False
     """Whether several servers may listen on the same port and share its clients."""
 
     def __post_init__(self) -> None:
+        self._check_types()
+        object.__setattr__(self, "fail", tuple(self.fail))  # hashable
+        object.__setattr__(self, "ignore", tuple(self.ignore))
         if not self.interface.strip():
             raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
         if not 0 <= self.port <= 65_535:
@@ -168,16 +200,50 @@ class Config:
             raise ValueError(
                 f"max-size: must be a number of bytes, or 0 for no limit, not {self.max_size}"
             )
-        if self.tls not in (None, "starttls", "implicit"):
-            raise ValueError(f"tls: must be starttls or implicit, not {self.tls}")
+        if self.tls not in (None, *TLS_MODES):
+            raise ValueError(f"tls: must be one of {', '.join(TLS_MODES)}, not {self.tls}")
         if self.cert and not self.tls:
             raise ValueError("cert: requires tls")
         if self.key and not self.cert:
             raise ValueError("key: requires cert")
-        if isinstance(self.fail, str):
-            raise ValueError("fail: must be a list of rules, not a single rule")
         if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
             raise ValueError("reuse-port: this system cannot share a port")
+
+    def _check_types(self) -> None:
+        path = (str, os.PathLike, type(None))
+        modes = f"one of {', '.join(TLS_MODES)}, or None"
+        checks: list[tuple[str, object, tuple[type, ...], str]] = [
+            ("interface", self.interface, (str,), "a string"),
+            ("port", self.port, (int,), "an integer"),
+            ("directory", self.directory, path, "a path or None"),
+            ("max_size", self.max_size, (int,), "an integer"),
+            ("smtputf8", self.smtputf8, (bool,), "True or False"),
+            ("tls", self.tls, (str, type(None)), modes),
+            ("cert", self.cert, path, "a path or None"),
+            ("key", self.key, path, "a path or None"),
+            ("strict", self.strict, (bool,), "True or False"),
+            ("reuse_port", self.reuse_port, (bool,), "True or False"),
+        ]
+        for name, value, types, expected in checks:
+            # bool is a subclass of int
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise TypeError(f"{name}: must be {expected}, not {value!r}")
+        for name, texts in [("fail", self.fail), ("ignore", self.ignore)]:
+            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"{name}: must be a list of strings, not {texts!r}")
+        if not isinstance(self.auth, Mapping) or not all(
+            isinstance(text, str) for item in self.auth.items() for text in item
+        ):
+            raise TypeError("auth: must be a dictionary {user: password} of strings")
+
+
+def with_options(config: Config, options: Mapping[str, Any]) -> Config:
+    """Return the config with other values for these fields. Raises TypeError for others."""
+    names = [item.name for item in fields(Config)]
+    for name in options:
+        if name not in names:
+            raise TypeError(f"unknown option {name!r}; the options are {', '.join(names)}")
+    return replace(config, **options)
 
 
 # --- Replies --------------------------------------------------------------------------
@@ -391,6 +457,18 @@ def format_address(sockname: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Attachment:
+    """A part of a message that is not its text, such as a file or an image."""
+
+    name: str
+    """The file name, or ""."""
+    type: str
+    """The media type, such as "application/pdf"."""
+    content: bytes
+    """The decoded content."""
+
+
+@dataclass(frozen=True)
 class Envelope:
     """A message with the data of its SMTP session."""
 
@@ -417,7 +495,7 @@ class Envelope:
     received: datetime
     """When the end of the content arrived, with a time zone."""
     warnings: list[str] = field(default_factory=list)
-    """What real servers would object to, each as "name: description (RFC section)"."""
+    """What real servers object to, each as "name: description (RFC section)"."""
     path: Path | None = None
     """The file in the Maildir, if the message is stored."""
 
@@ -446,6 +524,31 @@ class Envelope:
         body = match["body"].decode("utf-8", "replace") if match else ""
         text = re.sub(_ENCODED_WORDS, _decode_words, " ".join(body.split()))
         return " ".join(text.encode("utf-8", "replace").decode().split())
+
+    @cached_property
+    def text(self) -> str:
+        """The first text/plain part that is not an attachment, decoded; "" if there is none."""
+        return _decode_first_part(self.email, "text/plain")
+
+    @cached_property
+    def html(self) -> str:
+        """The first text/html part that is not an attachment, decoded; "" if there is none."""
+        return _decode_first_part(self.email, "text/html")
+
+    @cached_property
+    def links(self) -> list[str]:
+        """The URLs in the text and the HTML in the order of appearance, without repeats."""
+        _, urls = html_to_text(self.html)
+        return list(dict.fromkeys([*find_urls(self.text), *urls]))
+
+    @cached_property
+    def attachments(self) -> list[Attachment]:
+        """The parts that are not text of the message."""
+        return [
+            Attachment(_file_name(part), part.get_content_type(), _decode_payload(part))
+            for part in _leaf_parts(self.email)
+            if not _is_text(part)
+        ]
 
     def summary(self) -> str:
         """Return sender, recipients and subject as one line for the log."""
@@ -483,12 +586,131 @@ def _lenient_policy() -> email.policy.EmailPolicy:
         """The default policy, but header fields that do not parse are plain text."""
 
         def header_fetch_parse(self, name: str, value: str) -> Any:
+            if name.lower().startswith("content-"):
+                value = value[:MAX_MIME_FIELD_LENGTH]
             try:
                 return super().header_fetch_parse(name, value)
             except Exception:  # the parser raises many kinds of errors
                 return " ".join(value.encode("utf-8", "replace").decode().split())
 
     return LenientPolicy()
+
+
+def _leaf_parts(message: email.message.Message) -> Iterator[email.message.Message]:
+    """Yield the parts of a message in their order. An attached message is one part."""
+    stack = [message]
+    while stack:
+        part = stack.pop()
+        if part.is_multipart() and part.get_content_maintype() == "multipart":
+            parts: Any = part.get_payload()
+            stack.extend(reversed(parts))
+        else:
+            yield part
+
+
+def _is_text(part: email.message.Message) -> bool:
+    if part.get_content_disposition() == "attachment" or _file_name(part):
+        return False
+    return part.get_content_maintype() == "text"
+
+
+def _file_name(part: email.message.Message) -> str:
+    try:
+        return " ".join((part.get_filename() or "").split())
+    except Exception:  # the decoders raise many kinds of errors
+        return ""
+
+
+def _decode_payload(part: email.message.Message) -> bytes:
+    try:
+        if part.is_multipart():  # an attached message
+            payload: object = part.as_bytes().partition(b"\n\n")[2]
+        else:
+            payload = part.get_payload(decode=True)
+    except Exception:  # the decoders raise many kinds of errors
+        payload = None
+    return payload if isinstance(payload, bytes) else b""
+
+
+def _decode_first_part(message: email.message.Message, content_type: str) -> str:
+    for part in _leaf_parts(message):
+        if part.get_content_type() == content_type and _is_text(part):
+            text = _decode_charset(_decode_payload(part), part)
+            return text.replace("\r\n", "\n")
+    return ""
+
+
+def _decode_charset(data: bytes, part: email.message.Message) -> str:
+    with contextlib.suppress(Exception):  # an unknown charset, or a failure of its decoder
+        charset = codecs.lookup(str(part.get_content_charset("utf-8"))).name
+        if charset not in ("idna", "punycode"):  # they take quadratic time
+            return data.decode(charset, "replace")
+    return data.decode("utf-8", "replace")
+
+
+_URL = re.compile(r"https?://[^\s<>\"'\x00-\x1f]+", re.IGNORECASE)
+
+
+def find_urls(text: str) -> list[str]:
+    """Return the http and https URLs in a text, without trailing punctuation."""
+    urls = []
+    for url in _URL.findall(text):
+        # A closing parenthesis may belong to a URL with an opening one.
+        punctuation = ".,:;!?*]" if "(" in url else ".,:;!?*])"
+        urls.append(url.rstrip(punctuation))
+    return urls
+
+
+# A comment, an element whose content is not text, or a tag. There is only one way to match
+# each part of a tag, so that the time is linear.
+_MARKUP = re.compile(
+    r"<!--.*?(?:-->|\Z)"
+    r"|<(script|style|title)\b.*?(?:</\1\s*>|\Z)"
+    r"""|<[/!?a-z][^<>"']*(?:(?:"[^"]*"|'[^']*')[^<>"']*)*>""",
+    re.IGNORECASE | re.DOTALL,
+)
+_TAG_NAME = re.compile(r"<(/?[a-z][a-z0-9]*)", re.IGNORECASE)
+_HREF = re.compile(r"""\shref\s*=\s*("[^"]*"|'[^']*'|[^\s>"']+)""", re.IGNORECASE)
+_LINE_ELEMENTS = "br dd div dt h1 h2 h3 h4 h5 h6 hr li ol p pre table tr ul".split()
+
+
+def html_to_text(document: str) -> tuple[str, list[str]]:
+    """Return the text of an HTML document, and the URLs in it.
+
+    The URL of a link follows its text in angle brackets.
+    """
+    text: list[str] = []
+    urls: list[str] = []
+    url = ""
+    position = 0
+
+    def add_text(fragment: str) -> None:
+        text.append(re.sub(r"\s+", " ", html.unescape(fragment)))
+        urls.extend(find_urls(text[-1]))
+
+    for markup in _MARKUP.finditer(document):
+        add_text(document[position : markup.start()])
+        position = markup.end()
+        tag = _TAG_NAME.match(markup[0])
+        name = tag[1].lower() if tag else ""
+        if name == "a":
+            url = _link_url(markup[0])
+            urls += [url] if url else []
+        elif name == "/a" and url:
+            text.append("" if url in text[-1] else f" <{url}>")
+            url = ""
+        elif name.lstrip("/") in _LINE_ELEMENTS:
+            text.append("\n")
+    add_text(document[position:])
+    lines = [line.strip() for line in "".join(text).split("\n")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), urls
+
+
+def _link_url(tag: str) -> str:
+    """Return the absolute URL of a link, or ""."""
+    match = _HREF.search(tag)
+    url = html.unescape(match[1].strip("\"'")).strip() if match else ""
+    return url if re.match(r"[a-z][a-z0-9+.-]*://", url, re.IGNORECASE) else ""
 
 
 def split_content(content: bytes) -> tuple[bytes, bytes]:
@@ -505,12 +727,22 @@ _EMPTY_LINE = re.compile(rb"\n\r?\n")
 
 # --- Lint -----------------------------------------------------------------------------
 
-# RFC 5322 section 3.6
-_REQUIRED_FIELDS = {
-    b"date": "missing-date: no Date field (RFC 5322 section 3.6.1)",
-    b"from": "missing-from: no From field (RFC 5322 section 3.6.2)",
-    b"message-id": "missing-message-id: no Message-ID field (RFC 5322 section 3.6.4)",
+# {name of a warning: its text}
+WARNINGS = {
+    "bare-lf": "LF without CR {} (RFC 5321 section 2.3.8)",
+    "bare-cr": "CR without LF in the content (RFC 5321 section 2.3.8)",
+    "long-line": "a line of over 998 octets (RFC 5322 section 2.1.1)",
+    "utf8-header": "the header needs SMTPUTF8 (RFC 6531 section 3.4)",
+    "bcc-header": "a Bcc field is visible to all recipients (RFC 5322 section 3.6.3)",
+    "missing-date": "no Date field (RFC 5322 section 3.6.1)",
+    "missing-from": "no From field (RFC 5322 section 3.6.2)",
+    "missing-message-id": "no Message-ID field (RFC 5322 section 3.6.4)",
+    "duplicate-field": "more than one {} field (RFC 5322 section 3.6)",
+    "early-talker": "data was sent before {} (RFC 2920 section 3.1)",
 }
+
+# RFC 5322 section 3.6
+_REQUIRED_FIELDS = ["Date", "From", "Message-ID"]
 _UNIQUE_FIELDS = (
     "Date From Sender Reply-To To Cc Bcc Message-ID In-Reply-To References Subject".split()
 )
@@ -521,35 +753,35 @@ _FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:.*", re.MULTILINE)
 _MAX_LINE_LENGTH = 998
 
 
-def lint(envelope: Envelope) -> list[str]:
-    """Return what real servers object to, each as "name: description (RFC section)".
+def warning(name: str, detail: str = "") -> str:
+    """Return the text of a warning: "name: description (RFC section)"."""
+    return f"{name}: {WARNINGS[name].format(detail)}"
+
+
+def lint(content: bytes, mail_options: Mapping[str, str]) -> list[str]:
+    """Return what real servers object to in a message, each as the text of a warning.
 
     The content is searched as a whole, without splitting it into lines.
     """
-    content, mail_options = envelope.content, envelope.mail_options
-    body_type = mail_options.get("BODY", "7BIT").upper()
     warnings = []
-    if body_type != "BINARYMIME":
-        warnings += _lint_lines(envelope)
-    if not content.isascii():
-        header, body = split_content(content)
-        if body_type == "7BIT" and not body.isascii():
-            warnings.append("undeclared-8bit: the body needs BODY=8BITMIME (RFC 6152 section 3)")
-        if "SMTPUTF8" not in mail_options and not header.isascii():
-            warnings.append("utf8-header: the header needs SMTPUTF8 (RFC 6531 section 3.4)")
+    if mail_options.get("BODY", "").upper() != "BINARYMIME":
+        warnings += _lint_lines(content)
+    if "SMTPUTF8" not in mail_options and not content.isascii():
+        header, _ = split_content(content)
+        if not header.isascii():
+            warnings.append(warning("utf8-header"))
     return warnings + _lint_fields(content)
 
 
-def _lint_lines(envelope: Envelope) -> list[str]:
-    warnings, content = [], envelope.content
-    # Counting one byte is faster than counting two; without a bare CR, each CR is part of a CRLF.
-    line_end = b"\r\n" if envelope.has_bare_cr else b"\r"
-    if content.count(b"\n") > content.count(line_end):
-        warnings.append("bare-lf: LF without CR in the content (RFC 5321 section 2.3.8)")
-    if envelope.has_bare_cr:
-        warnings.append("bare-cr: CR without LF in the content (RFC 5321 section 2.3.8)")
+def _lint_lines(content: bytes) -> list[str]:
+    warnings = []
+    line_ends = content.count(b"\r\n")
+    if content.count(b"\n") > line_ends:
+        warnings.append(warning("bare-lf", "in the content"))
+    if content.count(b"\r") > line_ends:
+        warnings.append(warning("bare-cr"))
     if _has_long_line(content):
-        warnings.append("long-line: a line of over 998 octets (RFC 5322 section 2.1.1)")
+        warnings.append(warning("long-line"))
     return warnings
 
 
@@ -572,17 +804,19 @@ def _lint_fields(content: bytes) -> list[str]:
     header, _ = split_content(content[:FIELDS_SEARCH_SIZE])
     names = _FIELD_NAME.findall(header.lower())
     distinct = set(names)
-    warnings = [text for name, text in _REQUIRED_FIELDS.items() if name not in distinct]
+    warnings = [
+        warning(f"missing-{name.lower()}")
+        for name in _REQUIRED_FIELDS
+        if name.lower().encode() not in distinct
+    ]
     if len(names) > len(distinct):
         warnings += [
-            f"duplicate-field: more than one {name} field (RFC 5322 section 3.6)"
+            warning("duplicate-field", name)
             for name in _UNIQUE_FIELDS
             if names.count(name.lower().encode()) > 1
         ]
     if b"bcc" in distinct:
-        warnings.append(
-            "bcc-header: a Bcc field is visible to all recipients (RFC 5322 section 3.6.3)"
-        )
+        warnings.append(warning("bcc-header"))
     return warnings
 
 
@@ -706,7 +940,7 @@ def rule_text(argument: str) -> str:
 class Rules:
     """The failure rules of a server. Raises ValueError for a rule that does not parse."""
 
-    def __init__(self, texts: list[str]) -> None:
+    def __init__(self, texts: Sequence[str]) -> None:
         self._by_verb: dict[str, list[Rule]] = {}
         for rule in map(parse_rule, texts):
             self._by_verb.setdefault(rule.verb, []).append(rule)
@@ -774,12 +1008,16 @@ class Refusal:
 class SharedState:
     """What the sessions of a server share: the failure rules, and memory for content.
 
-    on_refusal is called with each Refusal. Raises ValueError for a rule that does not parse.
+    on_refusal is called with each Refusal. Raises ValueError for a rule that does not parse
+    and for an unknown name of a warning.
     """
 
     def __init__(
         self, config: Config, on_refusal: Callable[[Refusal], object] | None = None
     ) -> None:
+        for name in config.ignore:
+            if name not in WARNINGS:
+                raise ValueError(f"ignore: unknown name {name}; one of {', '.join(WARNINGS)}")
         self.rules = Rules(config.fail)
         self.on_refusal = on_refusal
         self.content_limit = float(max(MAX_CONTENT_IN_MEMORY, 2 * config.max_size))
@@ -1050,7 +1288,7 @@ class Session:
             self._line_end = b"\r\n"
         else:
             self._line_end = b"\n"
-            self._warn("bare-lf: LF without CR after a command (RFC 5321 section 2.3.8)")
+            self._warn(warning("bare-lf", "after a command"))
         text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" \t")
         self._begin_command(text)
         verb, _, argument = text.partition(" ")
@@ -1088,15 +1326,15 @@ class Session:
             raise SMTPError(500, "5.5.2", "Line too long")
         return line
 
-    def _warn(self, warning: str) -> None:
+    def _warn(self, text: str) -> None:
         """Add a warning about the dialogue to those of the next message."""
-        if warning not in self._protocol_warnings:
-            self._protocol_warnings.append(warning)
+        if text not in self._protocol_warnings:
+            self._protocol_warnings.append(text)
 
     def _warn_if_pipelined(self, reply: str) -> None:
         """Warn if data arrived before a reply that the client must wait for."""
         if self._buffer:
-            self._warn(f"early-talker: data was sent before {reply} (RFC 2920 section 3.1)")
+            self._warn(warning("early-talker", reply))
 
     # Content
 
@@ -1183,6 +1421,8 @@ class Session:
         if transaction.error is not None:
             raise transaction.error
         content = bytes(transaction.content)
+        warnings = self._protocol_warnings + lint(content, transaction.mail_options)
+        self._protocol_warnings.clear()
         transaction.content.clear()  # do not hold a large message twice
         envelope = Envelope(
             peer=self.peer,
@@ -1196,9 +1436,10 @@ class Session:
             rcpt_options=transaction.rcpt_options,
             content=content,
             received=datetime.fromtimestamp(self._now, timezone.utc),
+            warnings=[
+                text for text in warnings if text.partition(":")[0] not in self.config.ignore
+            ],
         )
-        envelope.warnings.extend(self._protocol_warnings + lint(envelope))
-        self._protocol_warnings.clear()
         self._envelope = envelope
         return self._apply_rules(".", lambda: envelope.subject, partial(self._accept, envelope))
 
@@ -1215,8 +1456,8 @@ class Session:
     def _accept(self, envelope: Envelope) -> Deliver:
         if not self.config.smtputf8:
             _require_ascii(envelope)
-        for warning in envelope.warnings:
-            log.warning("%s: %s", self.peer, warning)
+        for text in envelope.warnings:
+            log.warning("%s: %s", self.peer, text)
         if self.config.strict and envelope.warnings:
             self._shared.rejected_messages += 1
             raise SMTPError(554, "5.6.0", envelope.warnings[0])
@@ -1479,12 +1720,10 @@ def _require_smtputf8(address: str, mail_options: dict[str, str]) -> None:
 
 
 def _require_ascii(envelope: Envelope) -> None:
-    """Refuse what --disable-smtputf8 disables: a non-ASCII header, an undeclared 8-bit body."""
-    header, body = split_content(envelope.content)
+    """Refuse a non-ASCII header, as a server without SMTPUTF8 does; the body may be 8-bit."""
+    header, _ = split_content(envelope.content)
     if not header.isascii():
         raise SMTPError(554, "5.6.7", "Non-ASCII header fields require SMTPUTF8")
-    if not body.isascii() and envelope.mail_options.get("BODY", "7BIT").upper() == "7BIT":
-        raise SMTPError(554, "5.6.1", "Non-ASCII body requires BODY=8BITMIME")
 
 
 # --- Storage --------------------------------------------------------------------------
@@ -1663,7 +1902,8 @@ class Connection:
         self._final_reply: Reply | None = None  # the reply that ends the session, from interrupt()
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
-        self._last_activity = self._loop.time()
+        self.last_activity = self._loop.time()
+        """When the client last sent something, in the time of the event loop."""
         self._idle_timer = self._loop.call_later(IDLE_TIMEOUT, self._check_idle)
         # asyncio allocates max_size bytes for each read, by default 256 KiB. Other event loops
         # do not have this attribute.
@@ -1722,7 +1962,7 @@ class Connection:
             data = await self._reader.read(READ_SIZE)
             if not data:
                 return
-            self._last_activity = self._loop.time()
+            self.last_activity = self._loop.time()
 
     async def _queue(self, reply: Reply) -> None:
         self._unsent += reply.encoded
@@ -1754,7 +1994,7 @@ class Connection:
                 await self._delay(action.seconds)
         finally:
             self._action = None
-            self._last_activity = self._loop.time()
+            self.last_activity = self._loop.time()
 
     async def _delay(self, seconds: float) -> None:
         """Wait, and give the session what the client sends before the delayed reply."""
@@ -1815,8 +2055,8 @@ class Connection:
         """Interrupt the session if the client is idle, and check again later."""
         now = self._loop.time()
         if self._action is not None:
-            self._last_activity = now
-        deadline = self._last_activity + IDLE_TIMEOUT
+            self.last_activity = now
+        deadline = self.last_activity + IDLE_TIMEOUT
         if deadline <= now:
             if self._task is None:
                 self.abort()  # the client does not read the last reply
@@ -1926,9 +2166,11 @@ class Server:
     """An SMTP server in the running event loop; `async with` starts and closes it.
 
     config sets the options; keyword options, named as the fields of Config, take precedence.
-    handler(envelope) is called with each message instead of storing it: in a thread if it is
-    a plain function, in the event loop if it is async. The reply is 250 when it returns, the
-    reply of the exception if it raises SMTPError, and 451 for any other exception.
+    handler(envelope) is called with each message: in a thread if it is a plain function, in
+    the event loop if it is async. The reply is 250 when it returns, the reply of the exception
+    if it raises SMTPError, and 451 for any other exception. Messages are stored in
+    config.directory before that. Without a directory, they are stored in the current directory
+    if there is no handler, and not at all if there is one.
     on_message(envelope) is called in the event loop with each accepted message, before the
     reply, and on_refusal(refusal) with each Refusal. Raises ValueError for an invalid option.
     """
@@ -1943,7 +2185,7 @@ class Server:
         on_refusal: Callable[[Refusal], object] | None = None,
         **options: Any,
     ) -> None:
-        self.config = replace(config or Config(), **options)
+        self.config = with_options(config or Config(), options)
         self.host = self.config.interface
         """The first address that the server listens on."""
         self.port = self.config.port
@@ -1951,7 +2193,10 @@ class Server:
         self.addresses: list[tuple[str, int]] = []
         """All addresses that the server listens on, with their ports."""
         self.maildir: MaildirStore | None = None
-        """Where messages are stored, once the server has started; None with a handler."""
+        """Where messages are stored, once the server has started; None if they are not."""
+        self.cafile: str | None = None
+        """The temporary certificate, for clients that verify it; it exists while the server
+        runs."""
         self._handler = handler
         self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
@@ -1959,7 +2204,7 @@ class Server:
         self._shared = SharedState(self.config, on_refusal)
         self._pool: StoragePool | None = None
         self._tls_context: ssl.SSLContext | None = None
-        self._listeners: list[asyncio.Server] = []
+        self._cleanup = contextlib.ExitStack()  # closes the sockets
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._closed = asyncio.Event()
 
@@ -1973,9 +2218,16 @@ class Server:
             sockets = sockets or listen(self.config)
             for sock in sockets:
                 cleanup.callback(sock.close)
-            if self.config.tls is not None:
-                self._tls_context = make_tls_context(self.config.cert, self.config.key)
-            if self._handler is None:
+            cert, key = self.config.cert, self.config.key
+            if self.config.tls is not None and cert is None:
+                import tempfile
+
+                folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
+                cert, key = make_certificate(folder)
+                self.cafile = cert
+            if cert is not None:
+                self._tls_context = make_tls_context(cert, key)
+            if self._handler is None or self.config.directory is not None:
                 self.maildir = MaildirStore(self.config.directory)
                 self._pool = StoragePool(self.maildir.store, self._threads)
             for sock in sockets:
@@ -1983,8 +2235,7 @@ class Server:
                     self._serve_client, sock=sock, backlog=MAX_CONNECTIONS
                 )
                 cleanup.callback(listener.close)
-                self._listeners.append(listener)
-            cleanup.pop_all()  # keep them open
+            self._cleanup = cleanup.pop_all()
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
         self.host, self.port = self.addresses[0]
 
@@ -2002,11 +2253,24 @@ class Server:
         if self._connections:
             await asyncio.wait(self._connections, timeout=timeout)
 
+    async def wait_for_quit(self, grace: float) -> None:
+        """Wait until the clients that were active in the last `grace` seconds have disconnected.
+
+        Clients that stay connected delay this by at most that time.
+        """
+        now = asyncio.get_running_loop().time()
+        active = [
+            task
+            for task, connection in self._connections.items()
+            if connection.last_activity > now - grace
+        ]
+        if active:
+            await asyncio.wait(active, timeout=grace)
+
     async def close(self) -> None:
         """Stop listening, send 421 to the clients, and wait for deliveries in progress."""
         await asyncio.sleep(ACCEPT_GRACE)
-        for listener in self._listeners:
-            listener.close()
+        self._cleanup.close()
         for connection in self._connections.values():
             connection.interrupt(SHUTTING_DOWN)
         await self.wait_for_clients(STOP_TIMEOUT)
@@ -2175,14 +2439,12 @@ def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket
 
 
 def make_tls_context(
-    cert: str | os.PathLike[str] | None, key: str | os.PathLike[str] | None = None
+    cert: str | os.PathLike[str], key: str | os.PathLike[str] | None = None
 ) -> ssl.SSLContext:
-    """Return a TLS context with this certificate, or with a temporary one if cert is None.
+    """Return a TLS context with this certificate.
 
     Raises ValueError; its text names the file and what is wrong with it.
     """
-    if cert is None:
-        return _temporary_certificate()
     import ssl
 
     def password() -> str:
@@ -2217,27 +2479,28 @@ OPENSSL_COMMAND = (
 )
 
 
-def _temporary_certificate() -> ssl.SSLContext:
-    """Return a TLS context with a new self-signed certificate for localhost."""
-    import subprocess
-    import tempfile
+def make_certificate(directory: str) -> tuple[str, str]:
+    """Create a self-signed certificate for localhost; return its file and that of its key.
 
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            subprocess.run(OPENSSL_COMMAND.split(), cwd=directory, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError(
-                f"cannot create a certificate ({error}); create one on a machine with OpenSSL,"
-                f" by '{OPENSSL_COMMAND}', and use --cert cert.pem --key key.pem"
-            ) from error
-        return make_tls_context(f"{directory}/cert.pem", f"{directory}/key.pem")
+    Raises ValueError if the openssl program fails or is missing.
+    """
+    import subprocess
+
+    try:
+        subprocess.run(OPENSSL_COMMAND.split(), cwd=directory, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(
+            f"cannot create a certificate ({error}); create one on a machine with OpenSSL,"
+            f" by '{OPENSSL_COMMAND}', and use --cert cert.pem --key key.pem"
+        ) from error
+    return f"{directory}/cert.pem", f"{directory}/key.pem"
 
 
 # --- Testing --------------------------------------------------------------------------
 
 
 class Inbox:
-    """The messages that a server of capture() has accepted; all methods are thread-safe."""
+    """What a server of capture() has accepted and refused; all methods are thread-safe."""
 
     def __init__(self) -> None:
         self.host = ""
@@ -2246,7 +2509,10 @@ class Inbox:
         """The port to send to."""
         self.url = ""
         """Both, such as "smtp://127.0.0.1:1025"; with smtps:// for implicit TLS."""
+        self.cafile: str | None = None
+        """The file of the temporary certificate, for clients that verify it, or None."""
         self._messages: list[Envelope] = []
+        self._refused: list[Refusal] = []
         self._changed = threading.Condition()
 
     @property
@@ -2255,16 +2521,26 @@ class Inbox:
         with self._changed:
             return list(self._messages)
 
+    @property
+    def refused(self) -> list[Refusal]:
+        """The refused commands and messages, oldest first."""
+        with self._changed:
+            return list(self._refused)
+
     def clear(self) -> None:
-        """Remove all messages from the inbox."""
+        """Forget all messages and refusals."""
         with self._changed:
             self._messages.clear()
+            self._refused.clear()
 
-    def add(self, envelope: Envelope) -> None:
-        """Add a message, and wake the threads that wait for it."""
+    def _add_message(self, envelope: Envelope) -> None:
         with self._changed:
             self._messages.append(envelope)
             self._changed.notify_all()
+
+    def _add_refusal(self, refusal: Refusal) -> None:
+        with self._changed:
+            self._refused.append(refusal)
 
     def wait(
         self,
@@ -2329,11 +2605,13 @@ def capture(*, handler: Handler | None = None, **options: Any) -> Iterator[Inbox
     Server. Raises what Server and Server.start() raise, and RuntimeError at the end of the
     block if the handler does not return.
     """
-    config = replace(Config(port=0), **options)
+    config = with_options(Config(port=0), options)
     if handler is None and config.directory is None:
         handler = _discard_message  # the inbox keeps it
     inbox = Inbox()
-    server = Server(config, handler=handler, on_message=inbox.add)
+    server = Server(
+        config, handler=handler, on_message=inbox._add_message, on_refusal=inbox._add_refusal
+    )
     started: concurrent.futures.Future[None] = concurrent.futures.Future()
     stopped: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -2343,7 +2621,7 @@ def capture(*, handler: Handler | None = None, **options: Any) -> Iterator[Inbox
             started.set_result(None)
             await asyncio.wrap_future(stopped)
             # The test gets a message before the client gets its reply.
-            await server.wait_for_clients(QUIT_GRACE)
+            await server.wait_for_quit(QUIT_GRACE)
 
     def run() -> None:
         try:
@@ -2360,6 +2638,7 @@ def capture(*, handler: Handler | None = None, **options: Any) -> Iterator[Inbox
         inbox.host, inbox.port = client_host(server.host), server.port
         scheme = "smtps" if config.tls == "implicit" else "smtp"
         inbox.url = f"{scheme}://{format_address((inbox.host, inbox.port))}"
+        inbox.cafile = server.cafile
         yield inbox
     finally:
         stopped.set_result(None)
@@ -2373,14 +2652,25 @@ async def _discard_message(envelope: Envelope) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    """Register the fixture `smtpd`; pytest calls this because the module is a plug-in."""
+    """Register the fixture `smtpd` and its marker; pytest calls this for a plug-in."""
     import pytest
+
+    config.addinivalue_line(
+        "markers", "smtpd(**options): options of dsmtpd.capture() for the fixture smtpd"
+    )
+    if config.pluginmanager.has_plugin("smtpdfix"):  # its fixture has the same name
+        return
 
     class Fixtures:
         @pytest.fixture
-        def smtpd(self) -> Iterator[Inbox]:
+        def smtpd(self, request: pytest.FixtureRequest) -> Iterator[Inbox]:
             """The Inbox of a server that runs during the test."""
-            with capture() as inbox:
+            options: dict[str, Any] = {}
+            for marker in reversed(list(request.node.iter_markers("smtpd"))):
+                if marker.args:
+                    raise TypeError("the options of the marker smtpd are keyword arguments")
+                options.update(marker.kwargs)
+            with capture(**options) as inbox:
                 yield inbox
 
     config.pluginmanager.register(Fixtures(), "dsmtpd fixtures")
@@ -2415,6 +2705,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.command = argv[end_of_options + 1 :]
     if end_of_options < len(argv) and not (args.command and args.command[0]):
         parser.error("expected a command after --, such as: dsmtpd -p 0 -- pytest")
+    if args.expect is not None and args.expect < 0:
+        parser.error(f"argument --expect: must be 0 or more, not {args.expect}")
     options = vars(args)  # each field of Config is the name of an option
     try:
         args.config = Config(**{item.name: options[item.name] for item in fields(Config)})
@@ -2502,14 +2794,39 @@ def _add_testing_options(group: argparse._ArgumentGroup) -> None:
         " repeatable",
     )
     add("--strict", action="store_true", help="reject messages with warnings")
-    add("--expect", metavar="N", type=_positive(int), help="stop after N messages")
+    add(
+        "--ignore",
+        metavar="NAME",
+        choices=list(WARNINGS),
+        action="append",
+        default=[],
+        help="do not give this warning; repeatable",
+    )
+    add(
+        "--expect",
+        metavar="N",
+        type=_integer,
+        help="stop after N messages, with status 1 if fewer arrived; 0: status 1 if any arrived",
+    )
     add("--timeout", metavar="SECONDS", type=_positive(float), help="stop after this time")
 
 
 def _add_output_options(group: argparse._ArgumentGroup) -> None:
     output = group.add_mutually_exclusive_group()
-    output.add_argument("--print", action="store_true", help="print messages")
-    output.add_argument("--json", action="store_true", help="print events, one JSON object a line")
+    output.add_argument(
+        "--print",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        help="write readable messages to standard output or a file",
+    )
+    output.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const="-",
+        help="write events to standard output or a file, one JSON object a line",
+    )
     add = group.add_argument
     add("-v", "--verbose", action="store_true", help="log each session as C: and S: lines")
     add("-q", "--quiet", action="store_true", help="log warnings and errors only")
@@ -2561,7 +2878,15 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
             args.config = replace(args.config, directory=directory)
-        status = asyncio.run(_Program(args).run())
+        output = _Output(sys.stdout, "standard output")
+        path = args.json or args.print or "-"
+        if path != "-":
+            try:
+                output = _Output(stack.enter_context(open(path, "w", encoding="utf-8")), path)
+            except OSError as error:
+                log.error("Cannot start: cannot write to %s: %s", path, error.strerror)
+                sys.exit(2)
+        status = asyncio.run(_Program(args, output).run())
     # A zipapp ignores what main() returns.
     sys.exit(status)
 
@@ -2589,12 +2914,35 @@ def _raise_file_limit(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
 
 
+class _Output:
+    """A text file, or standard output, which is None if it was closed before the start."""
+
+    def __init__(self, file: TextIO | None, name: str) -> None:
+        self._file = file
+        self._name = name
+
+    def write(self, text: str) -> None:
+        """Write and flush; do nothing once that has failed."""
+        if self._file is None:
+            return
+        encoding = self._file.encoding or "utf-8"
+        try:
+            self._file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._file.flush()
+        except OSError as error:
+            log.warning("Cannot write to %s: %s", self._name, error)
+            if self._file is sys.stdout:  # Python flushes it again when the program ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+            self._file = None
+
+
 class _Program:
     """One run of the program: the server, its output, and the command after "--"."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, output: _Output) -> None:
         self._args = args
         self._config: Config = args.config
+        self._output = output
         self._stop = asyncio.Event()
         self._received = 0  # messages
         self._refused = 0  # commands and messages
@@ -2637,7 +2985,10 @@ class _Program:
     def _check_expectation(self, server: Server) -> int:
         """Return the exit status, and log why it is not 0."""
         expected, rejected = self._args.expect, server.rejected_messages
-        if expected is None or (self._received >= expected and not rejected):
+        if expected is None:
+            return 0
+        enough = self._received >= expected if expected else self._received == 0
+        if enough and not rejected:
             return 0
         log.error(
             "Expected %d messages: %d arrived, %d were rejected by --strict,"
@@ -2652,26 +3003,34 @@ class _Program:
     def _announce(self, server: Server) -> None:
         for address in server.addresses:
             log.info("Starting dsmtpd %s at %s", __version__, format_address(address))
-        if server.maildir is None:
+        if self._args.handler:
             log.info("Handing the incoming emails to %s", self._args.handler)
-        else:
+        if server.maildir is not None:
             log.info("Storing the incoming emails into %s", server.maildir.path)
             log.info("Found a Maildir storage with %s mails", server.maildir.count())
         if self._args.json:
             for host, port in server.addresses:
-                _print_event("listening", host=host, port=port, version=__version__)
+                self._write_event("listening", host=host, port=port, version=__version__)
 
     def _on_message(self, envelope: Envelope) -> None:
         self._received += 1
-        if self._received == self._args.expect and not self._args.command:
+        expected = self._args.expect
+        if expected is not None and self._received >= expected and not self._args.command:
             self._stop.set()
         if self._args.json:
-            _print_event("message", **_as_json(envelope))
+            self._write_event("message", **_as_json(envelope))
         if self._args.print:
-            _print(_as_text(envelope))
+            self._output.write(_as_text(envelope))
 
     def _on_refusal(self, refusal: Refusal) -> None:
         self._refused += 1
+        if self._args.json:
+            self._write_event("refused", **_refusal_as_json(refusal))
+
+    def _write_event(self, event: str, **values: object) -> None:
+        import json
+
+        self._output.write(json.dumps({"event": event, **values}) + "\n")
 
     def _on_signal(self, number: int) -> None:
         """Stop at the first signal, and end the program or kill the command at the second."""
@@ -2688,7 +3047,7 @@ class _Program:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stop.wait(), self._args.timeout)
         if self._args.expect is not None and self._received >= self._args.expect:
-            await server.wait_for_clients(STOP_TIMEOUT)
+            await server.wait_for_quit(STOP_TIMEOUT)
         return 0
 
     async def _run_command(self, server: Server) -> int:
@@ -2727,6 +3086,8 @@ class _Program:
         env = {"SMTP_HOST": client_host(server.host), "SMTP_PORT": str(server.port)}
         if server.maildir is not None:
             env["DSMTPD_MAILDIR"] = str(server.maildir.path)
+        if server.cafile is not None:
+            env["DSMTPD_CAFILE"] = server.cafile
         return env
 
 
@@ -2818,12 +3179,6 @@ def _on_signals(callback: Callable[[int], object]) -> None:
             signal.signal(number, on_signal)
 
 
-def _print_event(event: str, **values: object) -> None:
-    import json
-
-    _print(json.dumps({"event": event, **values}) + "\n")
-
-
 def _as_json(envelope: Envelope) -> dict[str, object]:
     """Return the values of a message event."""
     path = envelope.path and os.fsencode(envelope.path).decode("utf-8", "replace")
@@ -2838,40 +3193,65 @@ def _as_json(envelope: Envelope) -> dict[str, object]:
         "rcpt_tos": envelope.rcpt_tos,
         "rcpt_options": envelope.rcpt_options,
         "subject": envelope.subject,
+        "text": envelope.text,
+        "html": envelope.html,
+        "links": envelope.links,
+        "attachments": [
+            {"name": item.name, "type": item.type, "size": len(item.content)}
+            for item in envelope.attachments
+        ],
         "size": len(envelope.content),
         "warnings": envelope.warnings,
         "path": path,
     }
 
 
+def _refusal_as_json(refusal: Refusal) -> dict[str, object]:
+    """Return the values of a refused event."""
+    return {
+        "time": refusal.time.isoformat(),
+        "peer": refusal.peer,
+        "verb": refusal.verb,
+        "argument": refusal.argument,
+        "code": refusal.reply.code,
+        "status": refusal.reply.status,
+        "text": refusal.reply.text,
+    }
+
+
+# Invisible characters that HTML messages contain for their layout
+_LAYOUT_CHARACTERS = dict.fromkeys(map(ord, "\u00ad\u034f\u200b\u200c\u200d\ufeff"))
+
+
 def _as_text(envelope: Envelope) -> str:
-    """Return the message for a terminal, with control characters escaped."""
-    content = envelope.content.decode("utf-8", "backslashreplace").replace("\r\n", "\n")
+    """Return a message for a person, with control characters escaped."""
+    text = envelope.text or html_to_text(envelope.html)[0]
+    date = envelope.email["Date"] or envelope.received.strftime("%a, %d %b %Y %H:%M:%S %z")
     lines = [
-        f"X-Peer: {envelope.peer}",
-        f"X-MailFrom: {envelope.mail_from}",
-        f"X-RcptTo: {', '.join(envelope.rcpt_tos)}",
-        *content.split("\n"),
+        f"From: {envelope.mail_from}",
+        f"To: {', '.join(envelope.rcpt_tos)}",
+        f"Date: {date}",
+        f"Subject: {envelope.subject}",
+        "",
+        *text.rstrip().replace("\xa0", " ").translate(_LAYOUT_CHARACTERS).split("\n"),
     ]
-    text = "\n".join("\t".join(map(escape_unprintable, line.split("\t"))) for line in lines)
-    return (
-        "---------- MESSAGE FOLLOWS ----------\n"
-        + text.rstrip("\n")
-        + "\n------------ END MESSAGE ------------\n"
+    if envelope.links:
+        lines += ["", "Links:", *(f"  {url}" for url in envelope.links)]
+    if envelope.attachments:
+        lines += ["", "Attachments:"]
+        lines += [
+            f"  {item.name or 'unnamed'} ({item.type}, {len(item.content)} bytes)"
+            for item in envelope.attachments
+        ]
+    lines = ["\t".join(map(escape_unprintable, line.split("\t"))) for line in lines]
+    return "\n".join(
+        [
+            "---------- MESSAGE FOLLOWS ----------",
+            *lines,
+            "------------ END MESSAGE ------------",
+            "",
+        ]
     )
-
-
-def _print(text: str) -> None:
-    """Write to standard output and flush it; stop writing if nobody reads it."""
-    if sys.stdout is None:  # it was closed before the program started
-        return
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        sys.stdout.flush()
-    except OSError as error:
-        log.warning("Cannot write to standard output: %s", error)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
