@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     import email.policy
     import ssl
 
+    from typing_extensions import TypedDict, Unpack  # never imported at run time
+
 # Python 3.7 and older report a syntax error and show the next line.
 if (python := sys.version_info) < (3, 10):  # dsmtpd requires Python 3.10 or newer
     sys.exit("dsmtpd requires Python 3.10 or newer, not {}.{}".format(*python))
@@ -149,7 +151,13 @@ KILL_TIMEOUT = 5.0
 READ_SIZE = 65_536
 
 
-TLS_MODES = ("starttls", "implicit")
+TLS_MODES = ("starttls", "required", "implicit")
+
+# The keywords of the EHLO reply
+EXTENSIONS = (
+    "SIZE 8BITMIME SMTPUTF8 PIPELINING ENHANCEDSTATUSCODES CHUNKING BINARYMIME DSN HELP"
+    " STARTTLS AUTH".split()
+)
 
 
 @dataclass(frozen=True)
@@ -170,8 +178,11 @@ class Config:
     """Maximum size of a message in octets (RFC 1870); 0 means no limit."""
     smtputf8: bool = True
     """Whether the SMTPUTF8 extension (RFC 6531) is offered."""
+    without: Sequence[str] = ()
+    """Keywords of the EHLO reply that are not offered, such as "CHUNKING"."""
     tls: str | None = None
-    """ "starttls" (RFC 3207), "implicit" (RFC 8314), or None for no TLS."""
+    """ "starttls" (RFC 3207), "required" for STARTTLS before anything else, "implicit"
+    (RFC 8314), or None for no TLS."""
     cert: str | os.PathLike[str] | None = None
     """PEM file of the certificate; None creates a temporary one for localhost."""
     key: str | os.PathLike[str] | None = None
@@ -192,6 +203,10 @@ class Config:
         self._check_types()
         object.__setattr__(self, "fail", tuple(self.fail))  # hashable
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        object.__setattr__(self, "without", tuple(word.upper() for word in self.without))
+        for word in self.without:
+            if word not in EXTENSIONS:
+                raise ValueError(f"without: must be one of {', '.join(EXTENSIONS)}, not {word}")
         if not self.interface.strip():
             raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
         if not 0 <= self.port <= 65_535:
@@ -208,6 +223,14 @@ class Config:
             raise ValueError("key: requires cert")
         if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
             raise ValueError("reuse-port: this system cannot share a port")
+
+    @cached_property
+    def extensions(self) -> list[str]:
+        """The SMTP extensions that the server implements, apart from `without`."""
+        disabled = {*self.without, *([] if self.smtputf8 else ["SMTPUTF8"])}
+        if disabled & {"8BITMIME", "CHUNKING"}:  # RFC 3030 section 3
+            disabled.add("BINARYMIME")
+        return [word for word in EXTENSIONS if word not in disabled]
 
     def _check_types(self) -> None:
         path = (str, os.PathLike, type(None))
@@ -228,7 +251,11 @@ class Config:
             # bool is a subclass of int
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise TypeError(f"{name}: must be {expected}, not {value!r}")
-        for name, texts in [("fail", self.fail), ("ignore", self.ignore)]:
+        for name, texts in [
+            ("fail", self.fail),
+            ("ignore", self.ignore),
+            ("without", self.without),
+        ]:
             if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
                 raise TypeError(f"{name}: must be a list of strings, not {texts!r}")
         if not isinstance(self.auth, Mapping) or not all(
@@ -237,7 +264,28 @@ class Config:
             raise TypeError("auth: must be a dictionary {user: password} of strings")
 
 
-def with_options(config: Config, options: Mapping[str, Any]) -> Config:
+if TYPE_CHECKING:
+
+    class Options(TypedDict, total=False):
+        """The fields of Config as keyword arguments; type checkers cannot derive them."""
+
+        interface: str
+        port: int
+        directory: str | os.PathLike[str] | None
+        max_size: int
+        smtputf8: bool
+        without: Sequence[str]
+        tls: str | None
+        cert: str | os.PathLike[str] | None
+        key: str | os.PathLike[str] | None
+        auth: Mapping[str, str]
+        fail: Sequence[str]
+        strict: bool
+        ignore: Sequence[str]
+        reuse_port: bool
+
+
+def with_options(config: Config, options: Options) -> Config:
     """Return the config with other values for these fields. Raises TypeError for others."""
     names = [item.name for item in fields(Config)]
     for name in options:
@@ -330,8 +378,8 @@ _ATEXT = rf'[^{_CONTROL} "(),.:;<>@\[\\\]]'
 _DOT_STRING = rf"{_ATEXT}+(?:\.{_ATEXT}+)*"
 # Quoted-string = DQUOTE *(qtextSMTP / quoted-pairSMTP) DQUOTE
 _QUOTED_STRING = rf'"(?:[^{_CONTROL}"\\]|\\[ -~])*"'
-# Let-dig = ALPHA / DIGIT
-_LET_DIG = rf"[^{_CONTROL} -/:-@\[-`{{-~]"
+# Let-dig = ALPHA / DIGIT, and the underscore, which containers have in their names
+_LET_DIG = rf"[^{_CONTROL} -/:-@\[-^`{{-~]"
 # sub-domain = Let-dig [Ldh-str]
 _SUB_DOMAIN = rf"{_LET_DIG}+(?:-+{_LET_DIG}+)*"
 # Domain = sub-domain *("." sub-domain)
@@ -373,28 +421,35 @@ _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
 # RFC 3461 sections 4.2 and 4.4: the decoded text is printable
 _PRINTABLE_XTEXT = r"(?:[!-*,-<>-~]|\+(?:[2-6][0-9A-F]|7[0-9A-E]))+"
 
-# {keyword: regular expression for what follows the keyword}
+# RFC 6533 section 3: utf-8-addr-xtext / utf-8-addr-unitext
+_UTF8_ADDRESS = r"(?:[!-*,-<>-\[\]-~]|\\x\{[0-9A-F]{2,6}\}|[^\x00-\x9f\u2028\u2029])+"
+
+# {keyword: (extension, regular expression for what follows the keyword)}
 MAIL_PARAMETERS = {
-    "SIZE": "=[0-9]{1,20}",  # RFC 1870 section 3
-    "BODY": "=(?:7BIT|8BITMIME|BINARYMIME)",  # RFC 6152, RFC 3030 section 3
-    "SMTPUTF8": "",  # RFC 6531 section 3.4
-    "AUTH": f"={_XTEXT}",  # RFC 4954 section 5; "<>" is valid xtext
-    "RET": "=(?:FULL|HDRS)",  # RFC 3461 section 4.3
-    "ENVID": f"={_PRINTABLE_XTEXT}",  # RFC 3461 section 4.4
+    "SIZE": ("SIZE", "=[0-9]{1,20}"),  # RFC 1870 section 3
+    "BODY": ("8BITMIME", "=(?:7BIT|8BITMIME|BINARYMIME)"),  # RFC 6152, RFC 3030 section 3
+    "SMTPUTF8": ("SMTPUTF8", ""),  # RFC 6531 section 3.4
+    "AUTH": ("AUTH", f"={_XTEXT}"),  # RFC 4954 section 5; "<>" is valid xtext
+    "RET": ("DSN", "=(?:FULL|HDRS)"),  # RFC 3461 section 4.3
+    "ENVID": ("DSN", f"={_PRINTABLE_XTEXT}"),  # RFC 3461 section 4.4
 }
 RCPT_PARAMETERS = {
     # RFC 3461 section 4.1
-    "NOTIFY": "=(?:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)",
-    "ORCPT": f"=[a-z0-9-]+;{_PRINTABLE_XTEXT}",  # RFC 3461 section 4.2
+    "NOTIFY": ("DSN", "=(?:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)"),
+    # RFC 3461 section 4.2
+    "ORCPT": ("DSN", f"=(?:utf-8;{_UTF8_ADDRESS}|(?!utf-8;)[a-z0-9-]+;{_PRINTABLE_XTEXT})"),
 }
 
 
-def parse_parameters(text: str, known: dict[str, str]) -> dict[str, str]:
+def parse_parameters(
+    text: str, known: Mapping[str, tuple[str, str]], extensions: Sequence[str]
+) -> dict[str, str]:
     """Mail-parameters / Rcpt-parameters = esmtp-param *(SP esmtp-param)
 
-    known is MAIL_PARAMETERS or RCPT_PARAMETERS. Returns {keyword in upper case: value}; the
-    value is "" for a keyword without one. Raises SMTPError 555 for an unknown keyword
-    (RFC 5321 section 4.1.1.11) and 501 for an invalid value or a duplicate keyword.
+    known is MAIL_PARAMETERS or RCPT_PARAMETERS, and extensions are those that the server
+    offers. Returns {keyword in upper case: value}; the value is "" for a keyword without one.
+    Raises SMTPError 555 for an unknown keyword (RFC 5321 section 4.1.1.11) and 501 for an
+    invalid value or a duplicate keyword.
     """
     parameters: dict[str, str] = {}
     for parameter in filter(None, text.split(" ")):
@@ -403,9 +458,12 @@ def parse_parameters(text: str, known: dict[str, str]) -> dict[str, str]:
         if not keyword.isascii() or keyword.upper() not in known:
             raise SMTPError(555, "5.5.4", "Unknown parameter")
         keyword = keyword.upper()
+        extension, pattern = known[keyword]
+        if extension not in extensions:
+            raise SMTPError(555, "5.5.4", "Unknown parameter")
         if keyword in parameters:
             raise SMTPError(501, "5.5.4", f"Duplicate parameter {keyword}")
-        if not re.fullmatch(known[keyword], equals + value, re.IGNORECASE | re.ASCII):
+        if not re.fullmatch(pattern, equals + value, re.IGNORECASE):
             raise SMTPError(501, "5.5.4", f"Invalid value for parameter {keyword}")
         parameters[keyword] = value
     return parameters
@@ -738,6 +796,8 @@ WARNINGS = {
     "missing-from": "no From field (RFC 5322 section 3.6.2)",
     "missing-message-id": "no Message-ID field (RFC 5322 section 3.6.4)",
     "duplicate-field": "more than one {} field (RFC 5322 section 3.6)",
+    "address-syntax": "an underscore in a domain (RFC 5321 section 4.1.2)",
+    "plaintext-auth": "a login without TLS (RFC 4954 section 4)",
     "early-talker": "data was sent before {} (RFC 2920 section 3.1)",
 }
 
@@ -874,8 +934,8 @@ class Rule:
     (MAIL, RCPT), the decoded subject (.), or the argument of other commands."""
     remaining: float
     """How many more times the rule applies."""
-    action: Reply | Delay | Close | None
-    """What to do; None lets the command proceed. The next rules apply only after a Delay."""
+    actions: list[Reply | Delay | Close]
+    """What to do; [] lets the command proceed. The next rules apply only after a Delay."""
 
 
 # Commands without an argument: a pattern other than * never matches.
@@ -887,12 +947,12 @@ _RULE_COUNT = r"(?:\s+x([1-9][0-9]{0,8})(?=\s|$))?"
 _RULE_ACTION = (
     r"\s+(?:(?P<word>drop|ok)|delay\s+(?P<delay>[0-9]{1,6}(?:\.[0-9]{1,6})?)"
     r"|(?P<code>(?P<class>[45])[0-9]{2})(?:\s+(?P<status>(?P=class)(?:\.[0-9]{1,3}){2}))?"
-    r"(?:\s+(?![0-9]\.[0-9])(?P<text>\S.*))?)\s*$"
+    r"(?:\s+(?![0-9]\.[0-9])(?!drop\s*$)(?P<text>\S.*?))?(?P<drop>\s+drop)?)\s*$"
 )
 
 
 def parse_rule(text: str) -> Rule:
-    """VERB GLOB [ "x" N ] ( CODE [ x.y.z ] [ text ] / "delay" SECONDS / "drop" / "ok" )
+    """VERB GLOB [ "x" N ] ( CODE [ x.y.z ] [ text ] [ "drop" ] / "delay" SECONDS / "drop" / "ok" )
 
     Raises ValueError; its text marks the place that does not parse with >>> and <<<.
     """
@@ -919,16 +979,17 @@ def parse_rule(text: str) -> Rule:
     count = match_next(_RULE_COUNT, "a count such as x1")[1]
     action = match_next(_RULE_ACTION, "a code from 400 to 599, delay SECONDS, drop, or ok")
     remaining = int(count) if count else float("inf")
-    return Rule(text, verb, pattern, remaining, _rule_action(action))
+    return Rule(text, verb, pattern, remaining, _rule_actions(action))
 
 
-def _rule_action(match: re.Match[str]) -> Reply | Delay | Close | None:
+def _rule_actions(match: re.Match[str]) -> list[Reply | Delay | Close]:
     if match["delay"]:
-        return Delay(float(match["delay"]))
+        return [Delay(float(match["delay"]))]
     if match["word"]:
-        return Close() if match["word"].lower() == "drop" else None
+        return [Close()] if match["word"].lower() == "drop" else []
     status = match["status"] or f"{match['class']}.0.0"
-    return SMTPError(int(match["code"]), status, match["text"] or "Scripted failure").reply
+    error = SMTPError(int(match["code"]), status, match["text"] or "Scripted failure")
+    return [error.reply, Close()] if match["drop"] else [error.reply]
 
 
 def rule_text(argument: str) -> str:
@@ -948,7 +1009,7 @@ class Rules:
     def matching_actions(
         self, verb: str, get_text: Callable[[], str], peer: str
     ) -> list[Reply | Delay | Close]:
-        """Return the actions of the rules that match: delays, then one Reply or Close at most.
+        """Return the actions of the rules that match: delays, then a Reply, Close, or both.
 
         get_text() returns the text to match with the patterns. peer is for the log.
         """
@@ -958,9 +1019,8 @@ class Rules:
                 continue
             rule.remaining -= 1
             log.info("%s: rule %s", peer, rule.text)
-            if rule.action is not None:
-                actions.append(rule.action)
-            if not isinstance(rule.action, Delay):
+            actions += rule.actions
+            if not (rule.actions and isinstance(rule.actions[0], Delay)):
                 break
         return actions
 
@@ -979,10 +1039,18 @@ class Transaction:
     rcpt_arguments: int = 0
     """Characters of the arguments of all RCPT commands."""
     content: bytearray = field(default_factory=bytearray)
+    warnings: list[str] = field(default_factory=list)
+    """Warnings about the addresses."""
     chunks: int = 0
     """How many BDAT commands were accepted."""
     error: SMTPError | None = None
     """Why the content is discarded. The client gets it at the end of the content."""
+
+    def warn_about(self, address: str) -> None:
+        """Add a warning about an address that not every server accepts."""
+        text = warning("address-syntax")
+        if "_" in address.rpartition("@")[2] and "@" in address and text not in self.warnings:
+            self.warnings.append(text)
 
     @property
     def body_type(self) -> str:
@@ -1069,26 +1137,22 @@ def _sasl_login() -> SASLExchange:
     return user, password
 
 
-SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login}
+def _sasl_xoauth2() -> SASLExchange:
+    """The XOAUTH2 mechanism of Gmail and Microsoft 365; the token takes the place of a password.
+
+    response = "user=" user %x01 "auth=Bearer " token %x01 %x01
+    """
+    response = yield ""
+    match = re.fullmatch(rb"user=([^\x01]*)\x01auth=Bearer ([^\x01]*)\x01\x01", response)
+    if match is None:
+        raise ValueError("not a response of XOAUTH2")
+    return match[1], match[2]
+
+
+SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login, "XOAUTH2": _sasl_xoauth2}
 # The names that the log shows. Another word after AUTH may be a secret.
 _SASL_NAMES = {*SASL_MECHANISMS, "CRAM-MD5", "DIGEST-MD5", "EXTERNAL", "GSSAPI", "NTLM"}
-_SASL_NAMES |= {"OAUTHBEARER", "SCRAM-SHA-1", "SCRAM-SHA-256", "XOAUTH2"}
-
-
-def extensions(config: Config, *, tls: bool, user: str | None) -> list[str]:
-    """Return the keyword lines of the EHLO reply (RFC 5321 section 4.1.1.1).
-
-    tls is whether the session uses TLS. user is the name of the login, or None.
-    """
-    lines = [f"SIZE {config.max_size}", "8BITMIME"]
-    if config.smtputf8:
-        lines.append("SMTPUTF8")
-    lines += ["PIPELINING", "ENHANCEDSTATUSCODES", "CHUNKING", "BINARYMIME", "DSN", "HELP"]
-    if config.tls == "starttls" and not tls:
-        lines.append("STARTTLS")
-    if user is None:
-        lines.append("AUTH PLAIN LOGIN")
-    return lines
+_SASL_NAMES |= {"OAUTHBEARER", "SCRAM-SHA-1", "SCRAM-SHA-256"}
 
 
 class Session:
@@ -1155,6 +1219,8 @@ class Session:
             if action is not None:
                 self._errors = 0
         if isinstance(action, Reply):
+            if "ENHANCEDSTATUSCODES" not in self.config.extensions:
+                action = Reply(action.code, "", action.text)
             self._log_reply(action)
             if action.code >= 400:
                 self._report_refusal(action)
@@ -1233,8 +1299,8 @@ class Session:
     def _next_rule_action(
         self, actions: list[Reply | Delay | Close], resume: State, proceed: State
     ) -> Action | None:
-        """State: return the delays one by one, then the reply of a rule or proceed()."""
-        if actions and isinstance(actions[0], Delay):
+        """State: return the actions one by one; after delays only, proceed()."""
+        if len(actions) > 1 or (actions and isinstance(actions[0], Delay)):
             self._state = partial(self._next_rule_action, actions[1:], resume, proceed)
             return actions[0]
         self._state = resume
@@ -1296,16 +1362,32 @@ class Session:
         return self._execute(verb.upper() if verb.isascii() else "", argument.lstrip(" "))
 
     def _execute(self, verb: str, argument: str) -> Action | None:
+        extension = _COMMAND_EXTENSIONS.get(verb)
+        if extension and extension not in self.config.extensions:
+            raise SMTPError(502, "5.5.1", "Command not implemented")
+        if verb == "BDAT":  # applies the rules when it knows the size of the chunk
+            return self._bdat(argument)
         if verb in _COMMANDS:
-            command = partial(_COMMANDS[verb], self, argument)
-            if verb == "BDAT":  # applies the rules itself, when it knows the chunk size
-                return command()
+            command = partial(self._run_command, verb, argument)
             return self._apply_rules(verb, lambda: rule_text(argument), command)
         if verb in _UNIMPLEMENTED_VERBS:
             raise SMTPError(502, "5.5.1", "Command not implemented")
         if verb in _HTTP_VERBS:
             raise SMTPError(421, "4.7.0", "HTTP request refused")
         raise SMTPError(500, "5.5.2", "Command not recognized")
+
+    def _run_command(self, verb: str, argument: str) -> Action | None:
+        if "PIPELINING" not in self.config.extensions:
+            self._warn_if_pipelined(f"the reply to {verb}")
+        self._require_permission(verb)
+        return _COMMANDS[verb](self, argument)
+
+    def _require_permission(self, verb: str) -> None:
+        if self.config.tls == "required" and not self.tls and verb not in _ALLOWED_BEFORE_TLS:
+            raise SMTPError(530, "5.7.0", "Must issue a STARTTLS command first")
+        # RFC 4954 section 6
+        if self.config.auth and self.user is None and verb in _REQUIRE_AUTH:
+            raise SMTPError(530, "5.7.0", "Authentication required")
 
     def _read_line(self) -> bytes | None:
         """Return the next line with its line end, or None if it is incomplete.
@@ -1421,7 +1503,8 @@ class Session:
         if transaction.error is not None:
             raise transaction.error
         content = bytes(transaction.content)
-        warnings = self._protocol_warnings + lint(content, transaction.mail_options)
+        warnings = self._protocol_warnings + transaction.warnings
+        warnings += lint(content, transaction.mail_options)
         self._protocol_warnings.clear()
         transaction.content.clear()  # do not hold a large message twice
         envelope = Envelope(
@@ -1454,7 +1537,7 @@ class Session:
         return name + ("S" if self.tls else "") + ("A" if self.user is not None else "")
 
     def _accept(self, envelope: Envelope) -> Deliver:
-        if not self.config.smtputf8:
+        if "SMTPUTF8" not in self.config.extensions:
             _require_ascii(envelope)
         for text in envelope.warnings:
             log.warning("%s: %s", self.peer, text)
@@ -1479,8 +1562,19 @@ class Session:
         self._warn_if_pipelined("the reply to EHLO")
         self._set_helo("EHLO", argument)
         self.extended = True
-        keywords = extensions(self.config, tls=self.tls, user=self.user)
-        return Reply(250, "", "\n".join([HOSTNAME, *keywords]))
+        lines = [HOSTNAME, *filter(None, map(self._extension_line, self.config.extensions))]
+        return Reply(250, "", "\n".join(lines))
+
+    def _extension_line(self, keyword: str) -> str:
+        """Return the line of the EHLO reply for an extension, or "" if it is not available."""
+        if keyword == "SIZE":
+            return f"SIZE {self.config.max_size}"
+        if keyword == "STARTTLS" and (self.tls or self.config.tls is None):
+            return ""
+        if keyword == "AUTH":
+            available = self.user is None and (self.tls or self.config.tls != "required")
+            return " ".join(["AUTH", *SASL_MECHANISMS]) if available else ""
+        return keyword
 
     def _helo(self, argument: str) -> Reply:
         self._warn_if_pipelined("the reply to HELO")
@@ -1498,16 +1592,15 @@ class Session:
     def _mail(self, argument: str) -> Reply:
         if self.helo is None:
             raise SMTPError(503, "5.5.1", "Send EHLO or HELO first")
-        if self.config.auth and self.user is None:
-            raise SMTPError(530, "5.7.0", "Authentication required")
         if self.transaction is not None:
             raise SMTPError(503, "5.5.1", "Nested MAIL command")
         match = _MAIL_ARGUMENT.fullmatch(argument)
         if match is None:
             raise SMTPError(501, "5.5.4", "Syntax: MAIL FROM:<address>")
         mail_options = self._parse_parameters(match["parameters"], MAIL_PARAMETERS)
-        if "SMTPUTF8" in mail_options and not self.config.smtputf8:
-            raise SMTPError(555, "5.5.4", "SMTPUTF8 is disabled")
+        is_binary = mail_options.get("BODY", "").upper() == "BINARYMIME"
+        if is_binary and "BINARYMIME" not in self.config.extensions:
+            raise SMTPError(501, "5.5.4", "Invalid value for parameter BODY")
         mail_from = ""  # the null reverse-path (RFC 5321 section 4.5.5)
         if match["path"]:
             mail_from = parse_mailbox(match["path"], "5.1.7")
@@ -1515,6 +1608,7 @@ class Session:
         if 0 < self.config.max_size < int(mail_options.get("SIZE", 0)):
             raise SMTPError(552, "5.3.4", "Message exceeds the maximum size")
         self.transaction = Transaction(mail_from, mail_options)
+        self.transaction.warn_about(mail_from)
         return SENDER_OK
 
     def _rcpt(self, argument: str) -> Reply:
@@ -1533,15 +1627,19 @@ class Session:
         rcpt_options = self._parse_parameters(match["parameters"], RCPT_PARAMETERS)
         rcpt_to = parse_mailbox(match["path"], "5.1.3")
         _require_smtputf8(rcpt_to, transaction.mail_options)
+        _require_smtputf8(rcpt_options.get("ORCPT", ""), transaction.mail_options)
+        transaction.warn_about(rcpt_to)
         transaction.rcpt_arguments = rcpt_arguments
         transaction.rcpt_tos.append(rcpt_to)
         transaction.rcpt_options.append(rcpt_options)
         return RECIPIENT_OK
 
-    def _parse_parameters(self, text: str | None, known: dict[str, str]) -> dict[str, str]:
+    def _parse_parameters(
+        self, text: str | None, known: Mapping[str, tuple[str, str]]
+    ) -> dict[str, str]:
         if text and not self.extended:
             raise SMTPError(555, "5.5.4", "Parameters require EHLO")
-        return parse_parameters(text or "", known)
+        return parse_parameters(text or "", known, self.config.extensions)
 
     def _data(self, argument: str) -> Reply:
         _require_no_argument(argument)
@@ -1570,6 +1668,7 @@ class Session:
     def _begin_chunk(self, rest: str) -> Action | None:
         if rest and not re.fullmatch(" +LAST", rest, re.IGNORECASE | re.ASCII):
             raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
+        self._require_permission("BDAT")
         transaction = self._require_recipients()
         error = self._size_error(len(transaction.content) + self._chunk_remaining)
         if error is not None:
@@ -1679,12 +1778,14 @@ class Session:
             problem = "wrong password"
         else:
             self.user = user.decode("utf-8", "replace")
+            if self.config.tls is not None and not self.tls:
+                self._warn(warning("plaintext-auth"))
             return LOGIN_SUCCEEDED
         self._refusal_detail = f" (user {escape_unprintable(name)!r}: {problem})"
         raise SMTPError(535, "5.7.8", "Authentication failed")
 
 
-# A new command also belongs in RULE_VERBS and, if it is an extension, in extensions().
+# A new command also belongs in RULE_VERBS and, if it is an extension, in EXTENSIONS.
 _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
     "EHLO": Session._ehlo,
     "HELO": Session._helo,
@@ -1700,6 +1801,10 @@ _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
     "STARTTLS": Session._starttls,
     "AUTH": Session._auth,
 }
+# {command: the extension that it belongs to}
+_COMMAND_EXTENSIONS = {"BDAT": "CHUNKING", "HELP": "HELP", "STARTTLS": "STARTTLS", "AUTH": "AUTH"}
+_ALLOWED_BEFORE_TLS = ["EHLO", "HELO", "NOOP", "RSET", "QUIT", "HELP", "STARTTLS"]
+_REQUIRE_AUTH = ["MAIL", "RCPT", "DATA", "BDAT", "VRFY"]
 # RFC 5321 section 4.2.4: 502 is for commands that the server knows but does not implement.
 _UNIMPLEMENTED_VERBS = "EXPN TURN ETRN ATRN SEND SOML SAML".split()
 # The content type and the version of a TLS record with a ClientHello (RFC 8446 section 5.1)
@@ -1814,7 +1919,7 @@ class MaildirStore:
         # Operations on Path objects take longer than the system calls.
         tmp, new = os.path.join(self.path, "tmp", key), os.path.join(self.path, "new", key)
         try:
-            _write_file(tmp, trace_header(envelope, key), _stored_content(envelope))
+            _write_file(tmp, *_file_parts(envelope, key))
             os.rename(tmp, new)
         except OSError as error:
             log.error("Cannot store a message from %s: %s", envelope.peer, error)
@@ -1844,13 +1949,30 @@ def _require_writable(path: Path) -> None:
         test.unlink()
 
 
-def _stored_content(envelope: Envelope) -> bytes:
-    """Return the content with LF as line end, the custom in a Maildir. Bare CRs are kept."""
+def _file_parts(envelope: Envelope, key: str) -> tuple[bytes, bytes, bytes, bytes]:
+    """Return what to write: trace header, line end or nothing, content, line ends or nothing.
+
+    Line ends are LF, the custom in a Maildir, except in BINARYMIME content. Bare CRs are kept.
+    An empty line always ends the header section, because many mail readers require it.
+    """
+    header, content = trace_header(envelope, key), envelope.content
+    line_end = b"\n"
     if envelope.mail_options.get("BODY", "").upper() == "BINARYMIME":
-        return envelope.content
-    if envelope.has_bare_cr:
-        return envelope.content.replace(b"\r\n", b"\n")
-    return envelope.content.translate(None, b"\r")  # faster than replace()
+        first_line = content.partition(b"\n")[0]
+        if first_line.endswith(b"\r"):
+            line_end = b"\r\n"
+            header = header.replace(b"\n", line_end)
+    elif envelope.has_bare_cr:
+        content = content.replace(b"\r\n", b"\n")
+    else:
+        content = content.translate(None, b"\r")  # faster than replace()
+    if content.startswith(line_end):
+        return header, b"", content, b""
+    if not _FIELD_NAME.match(content):  # a body without header fields
+        return header, line_end, content, b""
+    if line_end * 2 in content:
+        return header, b"", content, b""
+    return header, b"", content, line_end if content.endswith(line_end) else line_end * 2
 
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -1949,6 +2071,9 @@ class Connection:
             for action in self._session.receive(data, time.time()):
                 if isinstance(action, Reply):
                     await self._queue(action)
+                    if action.code == 354:
+                        await self._flush()
+                        self._acknowledge_quickly()
                     if action.closes_connection:
                         return
                 elif isinstance(action, Close):
@@ -1968,6 +2093,16 @@ class Connection:
         self._unsent += reply.encoded
         if len(self._unsent) >= READ_SIZE:
             await self._flush()
+
+    def _acknowledge_quickly(self) -> None:
+        """Have the system acknowledge content at once, which a client may send in small writes.
+
+        Such a client waits for the acknowledgement, which Linux delays by 40 ms.
+        """
+        sock = self._writer.get_extra_info("socket")
+        if sys.platform == "linux" and sock is not None:
+            with contextlib.suppress(OSError):  # the client has disconnected
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     async def _flush(self) -> None:
         """Write the replies, and wait while the client does not read them."""
@@ -2183,7 +2318,7 @@ class Server:
         handler: Handler | None = None,
         on_message: Handler | None = None,
         on_refusal: Callable[[Refusal], object] | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         self.config = with_options(config or Config(), options)
         self.host = self.config.interface
@@ -2218,6 +2353,8 @@ class Server:
             sockets = sockets or listen(self.config)
             for sock in sockets:
                 cleanup.callback(sock.close)
+                # Accepted sockets inherit it. asyncio sets it only for sockets of another kind.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             cert, key = self.config.cert, self.config.key
             if self.config.tls is not None and cert is None:
                 import tempfile
@@ -2247,6 +2384,10 @@ class Server:
     def rejected_messages(self) -> int:
         """How many messages were rejected because of config.strict."""
         return self._shared.rejected_messages
+
+    def fail(self, *rules: str) -> None:
+        """Replace the failure rules; from any thread. Raises ValueError as parse_rule() does."""
+        self._shared.rules = Rules(rules)
 
     async def wait_for_clients(self, timeout: float) -> None:
         """Wait until all clients have disconnected, at most timeout seconds."""
@@ -2452,6 +2593,7 @@ def make_tls_context(
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.num_tickets = 0  # libesmtp 1.1 hangs after session tickets of TLS 1.3
     files = f"certificate {os.fspath(cert)}"
     if key is not None:
         files += f" with key {os.fspath(key)}"
@@ -2511,6 +2653,7 @@ class Inbox:
         """Both, such as "smtp://127.0.0.1:1025"; with smtps:// for implicit TLS."""
         self.cafile: str | None = None
         """The file of the temporary certificate, for clients that verify it, or None."""
+        self._server: Server
         self._messages: list[Envelope] = []
         self._refused: list[Refusal] = []
         self._changed = threading.Condition()
@@ -2526,6 +2669,13 @@ class Inbox:
         """The refused commands and messages, oldest first."""
         with self._changed:
             return list(self._refused)
+
+    def fail(self, *rules: str) -> None:
+        """Replace the failure rules of the server; without arguments, remove them.
+
+        Raises ValueError for a rule that does not parse.
+        """
+        self._server.fail(*rules)
 
     def clear(self) -> None:
         """Forget all messages and refusals."""
@@ -2597,7 +2747,7 @@ def _matches(message: Envelope, to: str | None, mail_from: str | None, subject: 
 
 
 @contextlib.contextmanager
-def capture(*, handler: Handler | None = None, **options: Any) -> Iterator[Inbox]:
+def capture(*, handler: Handler | None = None, **options: Unpack[Options]) -> Iterator[Inbox]:
     """Run a server in a background thread for the block of a with statement; yield its Inbox.
 
     options are the fields of Config. By default, the port is a free one, and messages are
@@ -2612,6 +2762,7 @@ def capture(*, handler: Handler | None = None, **options: Any) -> Iterator[Inbox
     server = Server(
         config, handler=handler, on_message=inbox._add_message, on_refusal=inbox._add_refusal
     )
+    inbox._server = server
     started: concurrent.futures.Future[None] = concurrent.futures.Future()
     stopped: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -2658,7 +2809,7 @@ def pytest_configure(config: Any) -> None:
     config.addinivalue_line(
         "markers", "smtpd(**options): options of dsmtpd.capture() for the fixture smtpd"
     )
-    if config.pluginmanager.has_plugin("smtpdfix"):  # its fixture has the same name
+    if "smtpdfix.fixture" in sys.modules:  # another plug-in with a fixture of this name
         return
 
     class Fixtures:
@@ -2765,11 +2916,20 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         action="store_false",
         help="refuse addresses and header fields outside ASCII",
     )
+    add(
+        "--without",
+        metavar="KEYWORD",
+        type=str.upper,
+        choices=EXTENSIONS,
+        action="append",
+        default=[],
+        help="do not offer this extension of the EHLO reply; repeatable",
+    )
 
 
 def _add_tls_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--tls", choices=["starttls", "implicit"], help="offer STARTTLS, or start with TLS")
+    add("--tls", choices=TLS_MODES, help="offer STARTTLS, require it, or start with TLS")
     add("--cert", metavar="PEM", help="certificate (default: a temporary one)")
     add("--key", metavar="PEM", help="private key (default: in the --cert file)")
     add(

@@ -11,6 +11,7 @@ import email.message
 import email.policy
 import email.utils
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -32,6 +33,7 @@ import threading
 import time
 import tracemalloc
 import zipapp
+import zipfile
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -117,7 +119,7 @@ S: 250-CHUNKING
 S: 250-BINARYMIME
 S: 250-DSN
 S: 250-HELP
-S: 250 AUTH PLAIN LOGIN
+S: 250 AUTH PLAIN LOGIN XOAUTH2
 """
 
 DIALOGUES = {
@@ -211,7 +213,7 @@ S: 250-CHUNKING
 S: 250-BINARYMIME
 S: 250-DSN
 S: 250-HELP
-S: 250 AUTH PLAIN LOGIN
+S: 250 AUTH PLAIN LOGIN XOAUTH2
 C: AUTH login
 S: 334 VXNlcm5hbWU6
 C: dXNlcg==
@@ -495,7 +497,7 @@ INVALID_PATHS = {
     "<a@-b>": "BAD",
     "<a@b->": "BAD",
     "<a@b..c>": "BAD",
-    "<a@b_c>": "BAD",
+    "<a@_>x": "5.5.4",
     "<a@b c>": "BAD",
     "<a@[256.0.0.1]>": "BAD",
     "<a@[1.2.3]>": "BAD",
@@ -590,6 +592,10 @@ PARAMETERS = [
     ("RCPT", "NOTIFY=NEVER,SUCCESS", "501 5.5.4"),
     ("RCPT", "NOTIFY=", "501 5.5.4"),
     ("RCPT", "ORCPT=rfc822;a+40b@c", "250"),
+    ("RCPT", "ORCPT=utf-8;a\\x{E9}@b", "250"),
+    ("RCPT", "ORCPT=utf-8;a+E9@b", "501 5.5.4"),
+    ("RCPT", "ORCPT=utf-8;\u00e9@b", "553 5.6.7"),
+    ("RCPT", "ORCPT=rfc822;\u00e9@b", "501 5.5.4"),
     ("RCPT", "ORCPT=a@b", "501 5.5.4"),
     ("RCPT", "ORCPT=rfc822;a+0Db@c", "501 5.5.4"),
     ("RCPT", "ORCPT=rfc822;a ORCPT=rfc822;a", "501 5.5.4"),
@@ -976,6 +982,160 @@ def test_starttls_discards_transaction_and_user() -> None:
     assert client.session.user is None
 
 
+# Before TLS, with --tls required: the code of the reply to each command.
+REQUIRED = """
+EHLO x       250
+HELO x       250
+NOOP         250
+RSET         250
+HELP         214
+MAIL FROM:<a@b> 530
+RCPT TO:<a@b> 530
+DATA         530
+VRFY x       530
+AUTH PLAIN   530
+BDAT 0       530
+EXPN x       502
+XYZZY        500
+STARTTLS x   501
+QUIT         221
+"""
+
+
+def test_required_tls() -> None:
+    for line in REQUIRED.strip().splitlines():
+        command, code = line[:-3].strip(), line[-3:]
+        client = Client(tls="required")
+        client.codes("EHLO x")
+        assert client.codes(command) == code, command
+    client = Client(tls="required")
+    assert b"AUTH" not in client.send(b"EHLO x\r\n")
+    assert client.send(b"MAIL FROM:<a@b>\r\n") == (
+        b"530 5.7.0 Must issue a STARTTLS command first\r\n"
+    )
+    client.send(b"STARTTLS\r\n")
+    assert b"AUTH PLAIN" in client.send(b"EHLO x\r\n")
+    assert client.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", ".") == "250 250 354 250"
+    assert client.envelopes[0].protocol == "ESMTPS"
+    client = Client(tls="required")
+    assert client.send(b"EHLO x\r\nBDAT 6\r\nQUIT\r\nNOOP\r\n").endswith(
+        b"530 5.7.0 Must issue a STARTTLS command first\r\n250 2.0.0 OK\r\n"
+    )
+
+
+def test_login_without_tls() -> None:
+    """A warning where TLS is offered, since a real server refuses it."""
+    login = "AUTH PLAIN " + b64("\0user\0secret")
+    for tls, upgrade, names in [
+        (None, [], []),
+        ("starttls", [], ["plaintext-auth"]),
+        ("starttls", ["STARTTLS", HELLO], []),
+        ("implicit", [], []),
+    ]:
+        client = Client(tls=tls)
+        client.codes(HELLO, *upgrade, login, "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+        client.send(CLEAN.encode() + b".\r\n")
+        warnings = [text.partition(":")[0] for text in client.envelopes[0].warnings]
+        assert warnings == names, (tls, upgrade)
+
+
+@pytest.mark.parametrize("line", ["MAIL FROM:<a@b>", "RCPT TO:<a@b>", "DATA", "VRFY x", "BDAT 0"])
+def test_commands_that_require_a_login(line: str) -> None:
+    client = Client(auth={"user": "secret"})
+    assert client.codes(HELLO, line) == "250 530"
+    client.codes("AUTH PLAIN " + b64("\0user\0secret"))
+    assert client.codes(line) != "530"
+
+
+def test_bdat_without_a_login() -> None:
+    client = Client(auth={"user": "secret"})
+    assert client.codes(HELLO, "BDAT 6", "QUIT", "NOOP") == "250 530 - 250"
+
+
+def test_xoauth2() -> None:
+    response = b64("user=you@x.test\x01auth=Bearer token\x01\x01")
+    for auth, code in (({}, "235"), ({"you@x.test": "token"}, "235"), ({"you@x.test": "x"}, "535")):
+        for lines in (["AUTH XOAUTH2 " + response], ["auth xoauth2", response]):
+            client = Client(auth=auth)
+            assert client.codes(HELLO, *lines).split()[-1] == code
+            assert client.session.user == ("you@x.test" if code == "235" else None)
+    for wrong in ("user=a", "user=a\x01auth=Basic b\x01\x01", ""):
+        assert Client().codes(HELLO, "AUTH XOAUTH2", b64(wrong)) == "250 334 501"
+
+
+# Keyword, what is sent, the codes of the replies, and what the reply to EHLO lacks.
+WITHOUT: list[tuple[str, list[str], str]] = [
+    ("SIZE", ["MAIL FROM:<a@b> SIZE=1", "MAIL FROM:<a@b>"], "555 250"),
+    ("8BITMIME", ["MAIL FROM:<a@b> BODY=8BITMIME", "MAIL FROM:<a@b> BODY=BINARYMIME"], "555 555"),
+    ("BINARYMIME", ["MAIL FROM:<a@b> BODY=BINARYMIME", "MAIL FROM:<a@b> BODY=8BITMIME"], "501 250"),
+    ("SMTPUTF8", ["MAIL FROM:<a@b> SMTPUTF8", "MAIL FROM:<\u00e9@b>"], "555 553"),
+    ("CHUNKING", ["BDAT 4 LAST", "QUIT"], "502 221"),
+    (
+        "DSN",
+        ["MAIL FROM:<a@b> RET=FULL", "MAIL FROM:<a@b>", "RCPT TO:<c@d> NOTIFY=NEVER"],
+        "555 250 555",
+    ),
+    ("HELP", ["HELP"], "502"),
+    ("STARTTLS", ["STARTTLS"], "502"),
+    ("AUTH", ["AUTH PLAIN", "MAIL FROM:<a@b> AUTH=<>"], "502 555"),
+]
+
+
+@pytest.mark.parametrize(("keyword", "lines", "codes"), WITHOUT)
+def test_without_extension(keyword: str, lines: list[str], codes: str) -> None:
+    client = Client(without=[keyword.lower()], tls="starttls")
+    assert keyword.encode() not in client.send(b"EHLO x\r\n")
+    assert client.codes(*lines) == codes
+    assert keyword.encode() in Client(tls="starttls").send(b"EHLO x\r\n")
+
+
+def test_without_enhanced_status_codes() -> None:
+    client = Client(without=["ENHANCEDSTATUSCODES"])
+    client.send(b"EHLO x\r\n")
+    assert client.send(b"NOOP\r\nXYZZY\r\n") == b"250 OK\r\n500 Command not recognized\r\n"
+
+
+def test_without_pipelining() -> None:
+    client = Client(without=["PIPELINING"])
+    client.send(b"EHLO x\r\n")
+    client.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")
+    client.codes("DATA")
+    client.send(CLEAN.encode() + b".\r\n")
+    assert client.envelopes[0].warnings == [
+        "early-talker: data was sent before the reply to MAIL (RFC 2920 section 3.1)"
+    ]
+
+
+def test_without_unknown_extension() -> None:
+    with pytest.raises(ValueError, match=r"without: must be one of SIZE, 8BITMIME, .*, not X"):
+        Config(without=["x"])
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("root@container_name_1", "address-syntax"),
+        ("a@_b.test", "address-syntax"),
+        ("under_score@b.test", ""),
+        ("under_score", ""),
+    ],
+)
+def test_underscores_in_domains(address: str, name: str) -> None:
+    for mail_from, rcpt_to in ((address, "c@d"), ("a@b", address)):
+        client = Client()
+        lines = [HELLO, f"MAIL FROM:<{mail_from}>", f"RCPT TO:<{rcpt_to}>", "DATA"]
+        assert client.codes(*lines) == "250 250 250 354"
+        client.send(CLEAN.encode() + b".\r\n")
+        names = [text.partition(":")[0] for text in client.envelopes[0].warnings]
+        assert names == ([name] if name else [])
+    client = Client()
+    client.codes(
+        HELLO, f"MAIL FROM:<{address}>", "RSET", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA"
+    )
+    client.send(CLEAN.encode() + b".\r\n")
+    assert client.envelopes[0].warnings == []
+
+
 def test_session_with_implicit_tls() -> None:
     client = client_with_recipient(tls="implicit")
     assert client.codes("STARTTLS", "DATA", ".") == "503 354 250"
@@ -1037,11 +1197,44 @@ def test_bdat_with_invalid_arguments(argument: str) -> None:
 
 
 def test_binary_content_is_stored_unchanged(tmp_path: Path) -> None:
+    """The trace header has the line end of the content."""
     store = dsmtpd.MaildirStore(tmp_path)
     binary = b"Content-Transfer-Encoding: binary\r\n\r\n\x00\r\n\xff"
-    for body, content in (("BINARYMIME", binary), ("8BITMIME", binary.replace(b"\r\n", b"\n"))):
-        path = store.store(envelope(mail_options={"BODY": body}, content=binary))
-        assert path.read_bytes().endswith(b" +0000\n" + content)
+    unix = b"Content-Transfer-Encoding: binary\n\n\x00\r\n\xff"
+    for body, content, stored in [
+        ("BINARYMIME", binary, b" +0000\r\n" + binary),
+        ("BINARYMIME", unix, b" +0000\n" + unix),
+        ("8BITMIME", binary, b" +0000\n" + binary.replace(b"\r\n", b"\n")),
+    ]:
+        path = store.store(envelope(mail_options={"BODY": body}, content=content))
+        assert path.read_bytes().endswith(stored)
+        header = path.read_bytes()[: -len(content)]
+        assert (b"\r\n" in header) is (stored == b" +0000\r\n" + binary)
+
+
+@pytest.mark.parametrize(
+    ("content", "stored"),
+    [
+        (b"", b"\n"),
+        (b"\r\n", b"\n"),
+        (b"Subject: Hi", b"Subject: Hi\n\n"),
+        (b"Subject: Hi\r\n", b"Subject: Hi\n\n"),
+        (b"Subject: Hi\r\n\r\n", b"Subject: Hi\n\n"),
+        (b"Subject: Hi\r\n\r\nText", b"Subject: Hi\n\nText"),
+        (b"Hello!\r\n", b"\nHello!\n"),
+        (b" folded\r\nText", b"\n folded\nText"),
+        (b"From me\r\nX: y\r\n\r\n", b"\nFrom me\nX: y\n\n"),
+        (b"\r\nText", b"\nText"),
+    ],
+)
+def test_stored_file_has_an_empty_line(content: bytes, stored: bytes, tmp_path: Path) -> None:
+    """The header section ends with an empty line, and content is never a part of our fields."""
+    path = dsmtpd.MaildirStore(tmp_path).store(envelope(content=content))
+    header = dsmtpd.trace_header(envelope(), path.name)
+    assert path.read_bytes() == header + stored
+    message = mailbox.Maildir(tmp_path, create=False)[path.name]
+    assert message["Received"].endswith("+0000")
+    assert envelope(content=content).content == content
 
 
 # --- Limits -------------------------------------------------------------------------------
@@ -1171,7 +1364,7 @@ def test_memory_of_large_message() -> None:
         ({"port": -1}, "from 0"),
         ({"max_size": -1}, "0 for no limit"),
         ({"interface": " "}, "127.0.0.1"),
-        ({"tls": "ssl"}, "tls: must be one of starttls, implicit, not ssl"),
+        ({"tls": "ssl"}, "tls: must be one of starttls, required, implicit, not ssl"),
         ({"cert": "x.pem"}, "cert: requires tls"),
     ],
 )
@@ -1188,7 +1381,7 @@ def test_invalid_config(options: dict[str, Any], text: str) -> None:
         ({"port": "25"}, "port: must be an integer, not '25'"),
         ({"port": True}, "port: must be an integer, not True"),
         ({"max_size": 1.5}, "max_size: must be an integer"),
-        ({"tls": 1}, "tls: must be one of starttls, implicit"),
+        ({"tls": 1}, "tls: must be one of starttls, required, implicit"),
         ({"strict": "yes"}, "strict: must be True or False"),
         ({"interface": None}, "interface: must be a string"),
         ({"directory": 1}, "directory: must be a path or None"),
@@ -1207,6 +1400,20 @@ def test_option_types(options: dict[str, Any], text: str) -> None:
 def test_config_is_hashable() -> None:
     configs = {Config(fail=["RCPT * 550"], auth={"u": "p"}), Config(fail=["RCPT * 550"])}
     assert Config(fail=("RCPT * 550",)) in configs
+
+
+def test_typed_options() -> None:
+    """Type checkers see the fields of Config with their types."""
+    classes = {
+        node.name: {
+            item.target.id: ast.unparse(item.annotation)
+            for item in node.body
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+        }
+        for node in ast.walk(ast.parse(SCRIPT.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert classes["Options"] == classes["Config"]
 
 
 def test_unknown_warning_name() -> None:
@@ -1297,6 +1504,7 @@ FAILURES: list[tuple[list[str], list[str], str]] = [
         "501 501 421",
     ),
     (["NOOP * 500"], ["NOOP"] * 40, " ".join(["500"] * 40)),
+    (["NOOP * 550 5.7.1 Go drop it"], ["NOOP", "NOOP"], "550 550"),
 ]
 
 
@@ -1327,6 +1535,33 @@ def test_drop_and_delay_for_each_verb(verb: str, caplog: pytest.LogCaptureFixtur
     dropped = Client(fail=[f"{verb} * drop"])
     replies = dropped.greeting + dropped.send(data)
     assert replies.partition(b"<Close()>\r\n")[0] == first
+
+
+@pytest.mark.parametrize(
+    ("rule", "reply"),
+    [
+        ("NOOP * 421 4.7.0 Bye drop", b"421 4.7.0 Bye\r\n"),
+        ("NOOP * 554 drop", b"554 5.0.0 Scripted failure\r\n<Close()>\r\n"),
+        ("NOOP * 554 5.7.1 drop", b"554 5.7.1 Scripted failure\r\n<Close()>\r\n"),
+        ("NOOP * 554 Go away DROP", b"554 5.0.0 Go away\r\n<Close()>\r\n"),
+    ],
+)
+def test_rule_that_replies_and_drops(rule: str, reply: bytes) -> None:
+    assert Client(fail=[rule]).send(b"NOOP\r\n").startswith(reply)
+
+
+def test_rules_of_a_running_server() -> None:
+    with dsmtpd.capture(fail=["RCPT * 550"]) as inbox:
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            send(inbox)
+        inbox.fail(". * 554 5.6.0 No", "DATA * ok")
+        with pytest.raises(smtplib.SMTPDataError, match="No"):
+            send(inbox)
+        with pytest.raises(ValueError, match="expected one of"):
+            inbox.fail("nonsense")
+        inbox.fail()
+        send(inbox)
+        assert len(inbox.messages) == 1
 
 
 def test_rejecting_greeting() -> None:
@@ -2290,6 +2525,24 @@ def test_too_many_connections_with_implicit_tls(pem: Path, monkeypatch: pytest.M
     run(scenario)
 
 
+def test_no_delay() -> None:
+    """Replies are sent at once, also in several small writes of TLS."""
+
+    async def scenario() -> None:
+        for sockets in (None, [socket.create_server(("127.0.0.1", 0))]):
+            server = Server(port=0, handler=print)
+            await server.start(sockets)
+            peer = await Peer.connect(server)
+            await peer.reply()
+            for connection in server._connections.values():
+                sock = connection._writer.get_extra_info("socket")
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            await peer.close()
+            await server.close()
+
+    run(scenario)
+
+
 def test_connection_reset(caplog: pytest.LogCaptureFixture) -> None:
     """After a reset at any step of a session, the server logs no warning and keeps running."""
     steps = [b"", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n", b"text"]
@@ -2895,21 +3148,45 @@ def test_module_and_zipapp(tmp_path: Path) -> None:
     assert len(list((tmp_path / "mail" / "new").iterdir())) == 2
 
 
-def test_wheel(tmp_path: Path) -> None:
-    """The wheel can be built, installed and run."""
-    source, site = tmp_path / "source", tmp_path / "site"
-    source.mkdir()
-    for name in ("dsmtpd.py", "pyproject.toml", "README.rst", "LICENSE"):
-        shutil.copy(HERE / name, source)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheel: list[str | Path] = ["wheel", "--no-deps", "--no-build-isolation"]
-    wheel += ["--wheel-dir", tmp_path, source]
-    subprocess.run([*pip, *wheel], check=True)
-    (built,) = tmp_path.glob("*.whl")
-    assert built.name == f"dsmtpd-{dsmtpd.__version__}-py3-none-any.whl"
+# pip caches a wheel built from an sdist by its path; another run may have the same path.
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-cache-dir")
+
+
+def build_wheel(source: Path, directory: Path) -> Path:
+    """Build a wheel from a source tree or an sdist, without network."""
+    offline = ("--no-index", "--no-deps", "--no-build-isolation")
     subprocess.run(
-        [*pip, "install", "--no-deps", "--no-index", "--target", site, built], check=True
+        [*PIP, "wheel", *offline, "--wheel-dir", directory, source],
+        check=True,
+        env={**os.environ, "SOURCE_DATE_EPOCH": str(int(NOW.timestamp()))},
     )
+    (wheel,) = directory.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("source")
+    (source / "contrib").mkdir()
+    needed = ("dsmtpd.py", "pyproject.toml", "README.rst", "LICENSE", "contrib/build_backend.py")
+    for name in needed:
+        shutil.copy(HERE / name, source / name)
+    return build_wheel(source, tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for sys.path in which the wheel is installed."""
+    path = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [*PIP, "install", "--no-deps", "--no-index", "--target", path, wheel], check=True
+    )
+    return path
+
+
+def test_wheel(wheel: Path, site: Path, tmp_path: Path) -> None:
+    """The wheel can be installed and run."""
+    assert wheel.name == f"dsmtpd-{dsmtpd.__version__}-py3-none-any.whl"
     program = next((site / "bin").glob("dsmtpd*"))
     completed = subprocess.run(
         [program, "--version"],
@@ -2923,6 +3200,69 @@ def test_wheel(tmp_path: Path) -> None:
     metadata = (site / f"dsmtpd-{dsmtpd.__version__}.dist-info" / "METADATA").read_text("utf-8")
     assert "Requires-Dist" not in metadata
     assert (dsmtpd.__doc__ or "").splitlines()[0] in metadata
+
+
+def test_wheel_record(wheel: Path) -> None:
+    """RECORD lists each file of the wheel with its hash and size."""
+    info = f"dsmtpd-{dsmtpd.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert files["dsmtpd.py"] == files["dsmtpd-stubs/__init__.pyi"] == SCRIPT.read_bytes()
+    assert {name.partition("/")[0] for name in files} == {"dsmtpd.py", "dsmtpd-stubs", info}
+    expected = {f"{info}/RECORD,,"}
+    for name, content in files.items():
+        if name != f"{info}/RECORD":
+            digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode()
+            expected.add(f"{name},sha256={digest.rstrip('=')},{len(content)}")
+    assert sorted(files[f"{info}/RECORD"].decode().splitlines()) == sorted(expected)
+
+
+def test_wheel_from_sdist(wheel: Path, tmp_path: Path) -> None:
+    """The wheel built from the sdist is the same."""
+    build = "import build_backend, sys; build_backend.build_sdist(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": str(HERE / "contrib")}
+    subprocess.run([sys.executable, "-c", build, tmp_path], check=True, cwd=HERE, env=environment)
+    sdist = tmp_path / f"dsmtpd-{dsmtpd.__version__}.tar.gz"
+    assert build_wheel(sdist, tmp_path).read_bytes() == wheel.read_bytes()
+
+
+def test_wheel_types(site: Path, tmp_path: Path) -> None:
+    """mypy finds the types of the installed module."""
+    pytest.importorskip("mypy")
+    correct = """\
+import dsmtpd
+from dsmtpd import Config, Envelope, Server, SMTPError
+
+def handler(envelope: Envelope) -> None:
+    if "spam" in envelope.subject:
+        raise SMTPError(554, "5.7.1", "Spam is not accepted")
+
+server: Server = Server(Config(port=0), handler=handler)
+with dsmtpd.capture(handler=handler) as inbox:
+    subject: str = inbox.wait(to="user@test.com", timeout=5).subject
+"""
+    wrong = {
+        'inbox.wait(too="user@test.com")': 'Unexpected keyword argument "too"',
+        "number: int = inbox.wait().subject": 'expression has type "str"',
+        'SMTPError(554, "5.7.1", b"Spam")': 'Argument 3 to "SMTPError"',
+        "inbox.mails": '"Inbox" has no attribute "mails"',
+    }
+    (tmp_path / "user.py").write_text(correct + "\n".join(wrong) + "\n", "utf-8")
+    completed = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=", "--strict", "user.py"],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        cwd=tmp_path,
+        # mypy reads PYTHONPATH like site-packages, and MYPYPATH like the user's own code.
+        env={**os.environ, "PYTHONPATH": str(site), "MYPYPATH": ""},
+    )
+    errors = [line for line in completed.stdout.splitlines() if ": error: " in line]
+    assert len(errors) == len(wrong), completed.stdout + completed.stderr
+    first = correct.count("\n") + 1
+    for number, (error, text) in enumerate(zip(errors, wrong.values(), strict=True), first):
+        assert error.startswith(f"user.py:{number}: error: ")
+        assert text in error
 
 
 # --- Capture --------------------------------------------------------------------------------
@@ -2985,7 +3325,8 @@ def test_capture_exceptions() -> None:
             pass
     with pytest.raises(ValueError, match="port"), dsmtpd.capture(port=-1):
         pass
-    with pytest.raises(TypeError, match="unknown option"), dsmtpd.capture(unknown=1):
+    unknown: dict[str, Any] = {"unknown": 1}
+    with pytest.raises(TypeError, match="unknown option"), dsmtpd.capture(**unknown):
         pass
     assert threading.active_count() == before
 
@@ -3179,21 +3520,75 @@ def test_message(smtpd):
 def test_inbox_is_empty(smtpd):
     assert smtpd.messages == []
 """
+MARKER_FILE = """
+import pytest
+
+pytestmark = pytest.mark.smtpd(max_size=1000, strict=True)
+
+def ehlo(smtpd):
+    import smtplib
+    with smtplib.SMTP(smtpd.host, smtpd.port) as client:
+        client.ehlo()
+        return client.esmtp_features["size"], client.has_extn("starttls"), client.rcpt("x")
+
+def test_module(smtpd):
+    assert ehlo(smtpd)[0] == "1000"
+
+@pytest.mark.smtpd(max_size=2000, fail=["RCPT * 451 4.7.1 Later"])
+class TestClass:
+    def test_class(self, smtpd):
+        assert ehlo(smtpd) == ("2000", False, (451, b"4.7.1 Later"))
+
+    @pytest.mark.smtpd(max_size=3000)
+    def test_function(self, smtpd):
+        assert ehlo(smtpd) == ("3000", False, (451, b"4.7.1 Later"))
+
+@pytest.mark.smtpd(fial=[])
+def test_unknown(smtpd): pass
+
+@pytest.mark.smtpd("starttls")
+def test_positional(smtpd): pass
+"""
 
 
-def test_pytest_plugin_of_copied_file(tmp_path: Path) -> None:
-    shutil.copy(SCRIPT, tmp_path)
-    (tmp_path / "test_it.py").write_text(PYTEST_FILE)
+def run_pytest(folder: Path, *arguments: str) -> str:
+    """Run pytest with a copy of the module, and return its output."""
+    shutil.copy(SCRIPT, folder)
     completed = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "dsmtpd", "-W", "error", "-q"],
-        cwd=tmp_path,
+        [sys.executable, "-m", "pytest", "-W", "error", "-q", "--strict-markers", *arguments],
+        cwd=folder,
         capture_output=True,
         encoding="utf-8",
         check=False,
     )
-    assert "2 passed" in completed.stdout, completed.stdout
+    return completed.stdout
+
+
+def test_pytest_plugin_of_copied_file(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["dsmtpd"]')
+    (tmp_path / "test_it.py").write_text(PYTEST_FILE)
+    assert "2 passed" in run_pytest(tmp_path)
     check = "import sys, dsmtpd; sys.exit('pytest' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
+
+
+def test_pytest_marker(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["dsmtpd"]')
+    (tmp_path / "test_it.py").write_text(MARKER_FILE)
+    output = run_pytest(tmp_path)
+    assert "3 passed, 2 errors" in output, output
+    assert "TypeError: unknown option 'fial'; the options are interface, port" in output
+    assert "TypeError: the options of the marker smtpd are keyword arguments" in output
+
+
+def test_fixture_of_smtpdfix_wins(tmp_path: Path) -> None:
+    (tmp_path / "smtpdfix").mkdir()
+    (tmp_path / "smtpdfix" / "__init__.py").touch()
+    (tmp_path / "smtpdfix" / "fixture.py").write_text(
+        "import pytest\n@pytest.fixture\ndef smtpd(): return 'smtpdfix'\n"
+    )
+    (tmp_path / "test_it.py").write_text("def test_it(smtpd): assert smtpd == 'smtpdfix'\n")
+    assert "1 passed" in run_pytest(tmp_path, "-p", "smtpdfix.fixture", "-p", "dsmtpd")
 
 
 def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -3399,6 +3794,21 @@ def test_closed_standard_output(tmp_path: Path) -> None:
     assert b"dsmtpd.py" not in completed.stderr
 
 
+def test_expect_no_message(temp_dir: Path, tmp_path: Path) -> None:
+    """--expect 0 asserts that no message was sent."""
+    nothing = [sys.executable, "-c", ""]
+    assert command("-p", "0", "--expect", "0", "--", *nothing).returncode == 0
+    completed = command("-p", "0", "--expect", "0", "--", *SEND, "1")
+    assert completed.returncode == 1
+    assert "Expected 0 messages: 1 arrived" in completed.stderr
+    mail = ["-d", str(tmp_path / "mail")]
+    assert command("-p", "0", *mail, "--expect", "0", "--timeout", "0.1").returncode == 0
+    with process("--expect", "0", *mail, cwd=tmp_path) as server:
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            client.sendmail("a@b", ["c@d"], CLEAN)
+        assert server.wait()[0] == 1
+
+
 def test_expect_without_command(tmp_path: Path) -> None:
     with process("--expect", "2", "-d", tmp_path / "mail", cwd=tmp_path) as server:
         with smtplib.SMTP("127.0.0.1", server.port) as client:
@@ -3569,6 +3979,52 @@ def test_warnings_for_common_clients() -> None:
             assert names == [missing, missing, missing]
             with pytest.raises(smtplib.SMTPRecipientsRefused, match="No such user"):
                 client.sendmail("a@b", ["nobody@d"], "")
+
+
+@pytest.mark.filterwarnings("ignore")  # newer versions of Django deprecate get_connection()
+def test_django_messages_have_no_warnings() -> None:
+    """In any language, as Django sends them by default."""
+    django = pytest.importorskip("django")
+    mail = pytest.importorskip("django.core.mail")
+    if not django.conf.settings.configured:
+        django.conf.settings.configure(USE_I18N=False)
+    backend = "django.core.mail.backends.smtp.EmailBackend"
+    with dsmtpd.capture() as inbox:
+        connection = mail.get_connection(backend, host=inbox.host, port=inbox.port)
+        for text in ("Grüße aus Köln", "こんにちは世界"):
+            message = mail.EmailMultiAlternatives(
+                text, text, "a@b.test", ["c@d.test"], bcc=["e@f.test"], connection=connection
+            )
+            message.attach_alternative(f"<p>{text}</p>", "text/html")
+            message.attach("größe.txt", text, "text/plain")
+            message.send()
+            mail.EmailMessage(
+                text, text * 500, "a@b.test", ["c@d.test"], connection=connection
+            ).send()
+        assert [message.warnings for message in inbox.messages] == [[]] * 4
+        assert inbox.messages[0].text.strip() == "Grüße aus Köln"
+        assert inbox.messages[2].html.strip() == "<p>こんにちは世界</p>"
+        assert inbox.messages[2].attachments[0].name == "größe.txt"
+
+
+NODEMAILER = """
+const transport = require("nodemailer").createTransport({host: process.env.SMTP_HOST,
+    port: process.env.SMTP_PORT, ignoreTLS: true});
+const send = text => transport.sendMail({from: "a@b.test", to: "c@d.test", bcc: "e@f.test",
+    subject: text, text, html: `<p>${text}</p>`,
+    attachments: [{filename: "größe.txt", content: text}]});
+send("Grüße aus Köln").then(() => send("こんにちは世界"));
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+def test_nodemailer_messages_have_no_warnings(tmp_path: Path) -> None:
+    """With the folder of Nodemailer in NODE_PATH."""
+    if subprocess.run(["node", "-e", "require('nodemailer')"], capture_output=True).returncode:
+        pytest.skip("needs Nodemailer")
+    completed = command("-p", "0", "--strict", "--expect", "2", "--", "node", "-e", NODEMAILER)
+    assert completed.returncode == 0, completed.stderr
+    assert "WARNING" not in completed.stderr
 
 
 # --- Output ---------------------------------------------------------------------------------
@@ -4536,10 +4992,13 @@ ADDED_AFTER_3_10 = {"annotationlib", "compression", "tomllib"}
 def test_imports() -> None:
     """dsmtpd.py imports the standard library of Python 3.10, and pytest only in functions."""
     tree = ast.parse(SCRIPT.read_text("utf-8"))
-    functions = [
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    in_functions = {node for function in functions for node in ast.walk(function)}
+    in_functions: set[ast.AST] = set()
+    for_type_checkers: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            in_functions.update(ast.walk(node))
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for_type_checkers.update(ast.walk(node))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = {alias.name.partition(".")[0] for alias in node.names}
@@ -4549,6 +5008,8 @@ def test_imports() -> None:
             continue
         if node in in_functions:
             modules -= {"pytest"}
+        if node in for_type_checkers:
+            modules -= {"typing_extensions"}
         assert modules <= sys.stdlib_module_names - ADDED_AFTER_3_10
 
 
