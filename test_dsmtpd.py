@@ -29,6 +29,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -4273,9 +4274,11 @@ def test_first_screen_of_the_readme(
     assert dsmtpd.__doc__ is not None
     assert README.split("\n")[3] == dsmtpd.__doc__.split("\n")[0]
     assert "\n    dsmtpd -d mail\n" in README
-    with process("-d", "mail", cwd=tmp_path) as server:
+    with process("-d", "mail", "--print", "printed", cwd=tmp_path) as server:
         welcome("you@example.com", server.port)
         _, text = server.stop()
+    printed = textwrap.indent(Path("printed").read_text(), "    ")
+    assert re.sub("Date: .*", "", printed) in re.sub("Date: .*", "", README)
     expected = re.findall(r"^    [\d-]+ [\d:,]+ (.*)", README, re.M)
     variable = r"\S+ at 127.0.0.1:\d+|127.0.0.1:\d+"  # the version and the ports
     assert [re.sub(variable, "", line[24:]) for line in text.splitlines()[:-1]] == [
@@ -4571,12 +4574,10 @@ def test_temporary_certificate_of_the_readme(welcome: object) -> None:
     assert completed.returncode == 0
 
 
-def test_containers_of_the_readme() -> None:
-    (compose,) = re.findall(r"command: python3 dsmtpd.py (.*)", README)
-    (docker,) = re.findall(r"CMD (\[.*\])", README)
-    for arguments in (compose.split(), json.loads(docker)[2:]):
-        config = dsmtpd.parse_args(arguments).config
-        assert (config.interface, config.port) == ("0.0.0.0", 1025)
+def test_docker_compose_of_the_readme() -> None:
+    (line,) = re.findall(r"command: python3 dsmtpd.py (.*)", README)
+    config = dsmtpd.parse_args([*line.split(), "--json"]).config
+    assert (config.interface, config.port, config.directory) == ("0.0.0.0", 1025, "mail")
 
 
 def test_server_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
