@@ -204,9 +204,6 @@ class Config:
         object.__setattr__(self, "fail", tuple(self.fail))  # hashable
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "without", tuple(word.upper() for word in self.without))
-        for word in self.without:
-            if word not in EXTENSIONS:
-                raise ValueError(f"without: must be one of {', '.join(EXTENSIONS)}, not {word}")
         if not self.interface.strip():
             raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
         if not 0 <= self.port <= 65_535:
@@ -215,14 +212,20 @@ class Config:
             raise ValueError(
                 f"max-size: must be a number of bytes, or 0 for no limit, not {self.max_size}"
             )
+        if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+            raise ValueError("reuse-port: this system cannot share a port")
+        for word in self.without:
+            if word not in EXTENSIONS:
+                raise ValueError(f"without: must be one of {', '.join(EXTENSIONS)}, not {word}")
+        self._check_tls()
+
+    def _check_tls(self) -> None:
         if self.tls not in (None, *TLS_MODES):
             raise ValueError(f"tls: must be one of {', '.join(TLS_MODES)}, not {self.tls}")
         if self.cert and not self.tls:
             raise ValueError("cert: requires tls")
         if self.key and not self.cert:
             raise ValueError("key: requires cert")
-        if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
-            raise ValueError("reuse-port: this system cannot share a port")
 
     @cached_property
     def extensions(self) -> list[str]:
@@ -1177,6 +1180,7 @@ class Session:
         self._line_end = b"\r\n"  # the line end of the last command
         self._chunk_remaining = 0  # octets of the current BDAT chunk that have not arrived
         self._command = ""  # the last command line
+        self._last_verb = ""  # of the last command but QUIT
         self._envelope: Envelope | None = None  # the message that the last command ended
         self._refusal_detail = ""  # what the log says about the refusal of the last command
         self._messages = 0  # how many messages were accepted
@@ -1250,17 +1254,20 @@ class Session:
 
     def _begin_command(self, line: str) -> None:
         self._command, self._envelope, self._refusal_detail = line, None, ""
+        verb = line.partition(" ")[0].upper()
+        if verb != "QUIT":
+            self._last_verb = verb
         # "AUTHPLAIN" is a typing error that may have a secret as its argument.
         self._auth_seen = self._auth_seen or "AUTH" in line.partition(" ")[0].upper()
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s C: %s", self.peer, self._masked(line))
 
     def _log_no_message(self) -> None:
-        verb = self._command.partition(" ")[0] or "the greeting"
         hint = ""
-        if self.config.tls is None and verb.upper() in ("EHLO", "STARTTLS", "QUIT"):
+        if self.config.tls is None and self._last_verb in ("EHLO", "STARTTLS"):
             hint = " (the client may require TLS: see --tls)"
-        log.debug("%s: Closed without a message after %s%s", self.peer, self._masked(verb), hint)
+        last = self._masked(self._last_verb) or "the greeting"
+        log.debug("%s: Closed without a message after %s%s", self.peer, last, hint)
 
     def _report_refusal(self, reply: Reply) -> None:
         if self._envelope is not None:
@@ -2332,7 +2339,7 @@ class Server:
         self.cafile: str | None = None
         """The temporary certificate, for clients that verify it; it exists while the server
         runs."""
-        self._handler = handler
+        self.handler = handler
         self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
@@ -2364,7 +2371,7 @@ class Server:
                 self.cafile = cert
             if cert is not None:
                 self._tls_context = make_tls_context(cert, key)
-            if self._handler is None or self.config.directory is not None:
+            if self.handler is None or self.config.directory is not None:
                 self.maildir = MaildirStore(self.config.directory)
                 self._pool = StoragePool(self.maildir.store, self._threads)
             for sock in sockets:
@@ -2454,8 +2461,8 @@ class Server:
         try:
             if self._pool is not None:
                 envelope = replace(envelope, path=await self._pool.store(envelope))
-            if self._handler is not None:
-                await self._call_handler(self._handler, envelope)
+            if self.handler is not None:
+                await self._call_handler(self.handler, envelope)
         except SMTPError as error:
             return error.reply
         except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
@@ -2759,10 +2766,20 @@ def capture(*, handler: Handler | None = None, **options: Unpack[Options]) -> It
     if handler is None and config.directory is None:
         handler = _discard_message  # the inbox keeps it
     inbox = Inbox()
-    server = Server(
+    inbox._server = server = Server(
         config, handler=handler, on_message=inbox._add_message, on_refusal=inbox._add_refusal
     )
-    inbox._server = server
+    with _run_in_thread(server):
+        inbox.host, inbox.port = client_host(server.host), server.port
+        scheme = "smtps" if config.tls == "implicit" else "smtp"
+        inbox.url = f"{scheme}://{format_address((inbox.host, inbox.port))}"
+        inbox.cafile = server.cafile
+        yield inbox
+
+
+@contextlib.contextmanager
+def _run_in_thread(server: Server) -> Iterator[None]:
+    """Run a server in a background thread for the block of a with statement."""
     started: concurrent.futures.Future[None] = concurrent.futures.Future()
     stopped: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -2786,16 +2803,14 @@ def capture(*, handler: Handler | None = None, **options: Unpack[Options]) -> It
     try:
         thread.start()
         started.result()
-        inbox.host, inbox.port = client_host(server.host), server.port
-        scheme = "smtps" if config.tls == "implicit" else "smtp"
-        inbox.url = f"{scheme}://{format_address((inbox.host, inbox.port))}"
-        inbox.cafile = server.cafile
-        yield inbox
+        yield
     finally:
         stopped.set_result(None)
         thread.join(HANDLER_TIMEOUT)
     if thread.is_alive():
-        raise RuntimeError(f"the handler {handler!r} has not returned for {HANDLER_TIMEOUT} s")
+        raise RuntimeError(
+            f"the handler {server.handler!r} has not returned for {HANDLER_TIMEOUT} s"
+        )
 
 
 async def _discard_message(envelope: Envelope) -> None:
@@ -2866,55 +2881,94 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+_EXAMPLES = """\
+Examples:
+  dsmtpd -d mail --print              store and print each message
+  dsmtpd -p 0 --expect 1 -- pytest    run tests; fail if they sent no message
+  dsmtpd --fail 'RCPT full@* 452 4.2.2 Mailbox full'
+
+Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage or an invalid Maildir,
+3 cannot listen; with a COMMAND, the exit status of the command"""
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dsmtpd",
         usage="%(prog)s [options] [-- COMMAND [ARG ...]]",
         description="A local SMTP server that stores every message in a Maildir and never"
-        " delivers it. With a COMMAND, it runs until the command ends.",
-        epilog="Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage or an"
-        " invalid Maildir, 3 cannot listen; with a COMMAND, the exit status of the command.",
+        " delivers it.\nWith a COMMAND, it runs until the command ends.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_server_options(parser.add_argument_group("server"))
-    _add_tls_options(parser.add_argument_group("TLS and login"))
+    _add_listening_options(parser.add_argument_group("listening"))
+    _add_message_options(parser.add_argument_group("messages"))
+    _add_protocol_options(parser.add_argument_group("SMTP"))
     _add_testing_options(parser.add_argument_group("testing"))
     _add_output_options(parser.add_argument_group("output"))
     return parser
 
 
-def _add_server_options(group: argparse._ArgumentGroup) -> None:
+def _add_listening_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "-p",
         "--port",
         type=_integer,
         default=Config.port,
-        help="TCP port; 0 selects a free one (default: 1025)",
+        help="Listen on this port (%(default)s); 0 selects a free one.",
     )
     add(
         "-i",
         "--interface",
         metavar="ADDRESS",
         default=Config.interface,
-        help="address, or a name for all of its addresses (default: %(default)s)",
+        help="Listen on this address (%(default)s), or on all addresses of a host name.",
     )
-    add("--reuse-port", action="store_true", help="share the port with other servers")
-    add("-d", "--directory", metavar="DIR", help="Maildir (default: the current directory)")
-    add("--handler", metavar="MODULE:CALLABLE", help="call this instead of storing messages")
+    add("--reuse-port", action="store_true", help="Share the port with other servers.")
+
+
+def _add_message_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "-d",
+        "--directory",
+        metavar="DIR",
+        help="Store messages in this Maildir (the current"
+        " directory, or a temporary one with a COMMAND).",
+    )
+    add("--handler", metavar="MODULE:CALLABLE", help="Call this with each message.")
     add(
         "-s",
         "--max-size",
         metavar="BYTES",
         type=_integer,
         default=Config.max_size,
-        help="maximum size of a message; 0 means no limit (default: %(default)s)",
+        help="Reject larger messages (%(default)s); 0 means no limit.",
     )
+    add("--strict", action="store_true", help="Reject messages with warnings.")
     add(
-        "--disable-smtputf8",
-        dest="smtputf8",
-        action="store_false",
-        help="refuse addresses and header fields outside ASCII",
+        "--ignore",
+        metavar="NAME",
+        choices=list(WARNINGS),
+        action="append",
+        default=[],
+        help="Do not give warnings of this name; repeatable.",
+    )
+
+
+def _add_protocol_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--tls", choices=TLS_MODES, help="Offer TLS 1.2 or newer.")
+    add("--cert", metavar="PEM", help="Use this certificate (a temporary one for localhost).")
+    add("--key", metavar="PEM", help="Use this private key (the one in the --cert file).")
+    add(
+        "--auth",
+        metavar="USER:PASSWORD",
+        type=_credentials,
+        action="append",
+        default=[],
+        help="Require this login; repeatable. Without it, any login succeeds.",
     )
     add(
         "--without",
@@ -2923,22 +2977,13 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         choices=EXTENSIONS,
         action="append",
         default=[],
-        help="do not offer this extension of the EHLO reply; repeatable",
+        help="Do not offer this extension, such as CHUNKING; repeatable.",
     )
-
-
-def _add_tls_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--tls", choices=TLS_MODES, help="offer STARTTLS, require it, or start with TLS")
-    add("--cert", metavar="PEM", help="certificate (default: a temporary one)")
-    add("--key", metavar="PEM", help="private key (default: in the --cert file)")
     add(
-        "--auth",
-        metavar="USER:PASSWORD",
-        type=_credentials,
-        action="append",
-        default=[],
-        help="require this login; repeatable (default: accept any login, require none)",
+        "--disable-smtputf8",
+        dest="smtputf8",
+        action="store_false",
+        help="The same as --without SMTPUTF8.",
     )
 
 
@@ -2950,25 +2995,16 @@ def _add_testing_options(group: argparse._ArgumentGroup) -> None:
         type=_rule,
         action="append",
         default=[],
-        help="'VERB GLOB [xN] ACTION'; ACTION is CODE [x.y.z] [text], delay SECONDS, drop or ok;"
-        " repeatable",
-    )
-    add("--strict", action="store_true", help="reject messages with warnings")
-    add(
-        "--ignore",
-        metavar="NAME",
-        choices=list(WARNINGS),
-        action="append",
-        default=[],
-        help="do not give this warning; repeatable",
+        help="Make a command or a message fail; repeatable. RULE is 'VERB GLOB [xN] ACTION', and"
+        " ACTION is CODE [x.y.z] [text] [drop], delay SECONDS, drop or ok.",
     )
     add(
         "--expect",
         metavar="N",
         type=_integer,
-        help="stop after N messages, with status 1 if fewer arrived; 0: status 1 if any arrived",
+        help="Stop after N messages; exit with status 1 if fewer arrive, or, with 0, if any does.",
     )
-    add("--timeout", metavar="SECONDS", type=_positive(float), help="stop after this time")
+    add("--timeout", metavar="SECONDS", type=_seconds, help="Stop after this time.")
 
 
 def _add_output_options(group: argparse._ArgumentGroup) -> None:
@@ -2978,19 +3014,24 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         nargs="?",
         const="-",
-        help="write readable messages to standard output or a file",
+        help="Print each message to this file (standard output).",
     )
     output.add_argument(
         "--json",
         metavar="FILE",
         nargs="?",
         const="-",
-        help="write events to standard output or a file, one JSON object a line",
+        help="Write each event to this file (standard output) as one line of JSON.",
     )
     add = group.add_argument
-    add("-v", "--verbose", action="store_true", help="log each session as C: and S: lines")
-    add("-q", "--quiet", action="store_true", help="log warnings and errors only")
-    add("--version", action="version", version=f"dsmtpd {__version__}")
+    add("-v", "--verbose", action="store_true", help="Log each session as C: and S: lines.")
+    add("-q", "--quiet", action="store_true", help="Log only warnings and errors.")
+    add(
+        "--version",
+        action="version",
+        version=f"dsmtpd {__version__}",
+        help="Print the version.",
+    )
 
 
 def _credentials(text: str) -> tuple[str, str]:
@@ -3006,15 +3047,11 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _positive(number_type: Callable[[str], float]) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            number = number_type(text)
-            if 0 < number < float("inf"):
-                return number
-        raise argparse.ArgumentTypeError(f"must be a number above 0, such as 10, not {text}")
-
-    return convert
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number above 0, such as 10, not {text}")
 
 
 def _rule(text: str) -> str:
@@ -3140,7 +3177,8 @@ class _Program:
             status = await self._wait(server)
         log.info("Cleaning up")
         await server.close()
-        return status or self._check_expectation(server)
+        expectation_status = self._check_expectation(server)
+        return status or expectation_status
 
     def _check_expectation(self, server: Server) -> int:
         """Return the exit status, and log why it is not 0."""
