@@ -4239,7 +4239,7 @@ def command_line(text: str) -> str:
 
 def setting(title: str) -> str:
     """Return the lines below a comment in the examples of settings."""
-    (lines,) = re.findall(rf"^    (?:#|//) {title}\n((?:    .+\n)+)", README, re.M)
+    (lines,) = re.findall(rf"^    (?:#|//) {title}.*\n((?:    .+\n)+)", README, re.M)
     return re.sub("^    ", "", lines, flags=re.M)
 
 
@@ -4350,7 +4350,7 @@ def test_cleaning_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 # Programs that send a message with the settings of the README: {title: (module, program)}
 PROGRAMS = {
-    "Django, settings.py": (
+    "Django 6.1": (
         "django",
         "import django.conf, django.core.mail\n{settings}\n"
         "names = {{name: value for name, value in globals().items() if name.isupper()}}\n"
@@ -4377,7 +4377,7 @@ PROGRAMS = {
         "transport.sendMail({{ from: 'app@example.com', to: 'you@example.com', subject: 'Grüße',"
         " text: 'Schön' }});",
     ),
-    "Symfony, .env": (
+    "Symfony": (
         "Symfony/Component/Mailer/autoload.php",
         "require 'Symfony/Component/Mailer/autoload.php';\n"
         "$settings = parse_ini_string(<<<'INI'\n{settings}\nINI);\n"
@@ -4387,7 +4387,7 @@ PROGRAMS = {
         "->subject('Grüße')->text('Schön'));",
     ),
 }
-PROGRAMS["Django 6.1 or newer, settings.py with MAILERS"] = PROGRAMS["Django, settings.py"]
+PROGRAMS["Django 6.0"] = PROGRAMS["Django 6.1"]
 
 
 def interpreter(title: str) -> list[str]:
@@ -4395,10 +4395,10 @@ def interpreter(title: str) -> list[str]:
     module, _ = PROGRAMS[title]
     if title == "Nodemailer":
         command, check = ["node", "-e"], module
-    elif title == "Symfony, .env":
+    elif title == "Symfony":
         command, check = ["php", "-r"], f"exit((int)!stream_resolve_include_path('{module}'));"
     else:
-        if "MAILERS" in title and pytest.importorskip("django").VERSION < (6, 1):
+        if title == "Django 6.1" and pytest.importorskip("django").VERSION < (6, 1):
             pytest.skip("needs Django 6.1")
         pytest.importorskip(module)
         return [sys.executable, "-c"]
@@ -4412,14 +4412,13 @@ def interpreter(title: str) -> list[str]:
 
 def with_tls(title: str, tls: str, cert: Path) -> tuple[str, dict[str, str]]:
     """Return the settings and the environment variables that a row of the table gives."""
-    name = "Django, MAILERS" if "MAILERS" in title else title.partition(",")[0]
-    (row,) = re.findall(rf"^{name}  .*", README, re.M)
+    (row,) = re.findall(rf"^{title}  .*", README, re.M)
     starttls, implicit, *trust = re.findall("``(.*?)``", row.replace("cert.pem", str(cert)))
     settings, option = setting(title), implicit if tls == "implicit" else starttls
     variables = dict(text.split("=") for text in trust if text.startswith(("SSL_", "NODE_")))
-    if title.startswith("Symfony"):
+    if title == "Symfony":
         settings = settings.replace("smtp://", option)
-    elif title == "Django, settings.py":
+    elif title == "Django 6.0":
         settings += option
     else:
         option = ", ".join([option] if variables else [option, *trust])
@@ -4523,9 +4522,13 @@ def test_msmtp_of_the_readme(tmp_path: Path) -> None:
 
 
 def test_django_of_the_readme(welcome: object, tmp_path: Path) -> None:
-    pytest.importorskip("django")
+    django = pytest.importorskip("django")
     (tmp_path / "settings.py").touch()
-    (tmp_path / "tests.py").write_text(example("python", "django.test"))
+    test = example("python", "django.test")
+    if django.VERSION < (6, 1):
+        (override,) = re.findall("``(override_settings.*)``", README)
+        test = re.sub(r"override_settings\(MAILERS.*\)", override, test)
+    (tmp_path / "tests.py").write_text(test)
     completed = subprocess.run(
         [sys.executable, "-m", "django", "test", "--settings", "settings", "--pythonpath", "."],
         capture_output=True,
