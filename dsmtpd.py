@@ -4,8 +4,8 @@ Usage::
 
     python dsmtpd.py -p 1025 -d mail
 
-Each message that an application sends to it becomes a file in mail/new/. It is meant for
-development and CI.
+It is meant for development and CI: each message that an application sends becomes a file in
+mail/new/.
 
 It implements RFC 5321 (SMTP), RFC 1870 (SIZE), RFC 6152 (8BITMIME), RFC 6531 (SMTPUTF8),
 RFC 2920 (PIPELINING), RFC 2034 and RFC 3463 (ENHANCEDSTATUSCODES), RFC 3461 (DSN),
@@ -39,22 +39,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import format_datetime
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
@@ -63,7 +54,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import TypedDict, Unpack  # never imported at run time
 
-# Python 3.7 and older report a syntax error and show the next line.
+# Python 3.7 stops at the next line with a syntax error that shows it and its comment.
 if (python := sys.version_info) < (3, 10):  # dsmtpd requires Python 3.10 or newer
     sys.exit("dsmtpd requires Python 3.10 or newer, not {}.{}".format(*python))
 
@@ -97,8 +88,8 @@ MAX_RECIPIENTS = 1000
 # Characters of the arguments of all RCPT commands of one message: over 512 for each recipient.
 MAX_RCPT_ARGUMENTS = 512 * 1024
 
-# Replies of class 5 in a row before the connection is closed, without those of failure rules.
-# It is the default of smtpd_hard_error_limit in Postfix.
+# 5xx replies in a row before the connection is closed; those of failure rules do not count. The
+# value is the default of smtpd_hard_error_limit in Postfix.
 MAX_ERRORS = 20
 
 # Lines of the log in a minute about refused commands, so that a client in a loop cannot fill
@@ -130,15 +121,15 @@ IDLE_TIMEOUT = 300.0
 # Seconds that clients have to read the last reply when the server stops.
 STOP_TIMEOUT = 0.5
 
-# Seconds that close() waits before it stops listening. asyncio does not close connections that
-# it has accepted but not yet passed to the server.
+# Seconds that Server.close() waits before it stops listening: asyncio would leave connections
+# open that it has accepted but not yet passed to the server.
 ACCEPT_GRACE = 0.001
 
 # Seconds after its last message that a client has to send QUIT when the block of capture() ends.
 QUIT_GRACE = 0.1
 
-# Seconds after which a thread that stores messages counts as blocked, and the messages that wait
-# for it get threads of their own.
+# Seconds after which storing a message counts as slow, and the messages that wait for it get
+# threads of their own.
 SLOW_DELIVERY = 0.01
 
 # Seconds that a handler has to return when the block of capture() ends.
@@ -153,7 +144,7 @@ READ_SIZE = 65_536
 
 TLS_MODES = ("starttls", "required", "implicit")
 
-# The keywords of the EHLO reply
+# The keywords of the EHLO reply, in its order
 EXTENSIONS = (
     "SIZE 8BITMIME SMTPUTF8 PIPELINING ENHANCEDSTATUSCODES CHUNKING BINARYMIME DSN HELP"
     " STARTTLS AUTH".split()
@@ -173,7 +164,8 @@ class Config:
     port: int = 1025
     """TCP port; 0 selects a free one."""
     directory: str | os.PathLike[str] | None = None
-    """Maildir to store messages in; None means the current directory."""
+    """Maildir to store messages in. None means the current directory, or that messages are not
+    stored if the server has a handler."""
     max_size: int = 33_554_432
     """Maximum size of a message in octets (RFC 1870); 0 means no limit."""
     smtputf8: bool = True
@@ -181,8 +173,8 @@ class Config:
     without: Sequence[str] = ()
     """Keywords of the EHLO reply that are not offered, such as "CHUNKING"."""
     tls: str | None = None
-    """ "starttls" (RFC 3207), "required" for STARTTLS before anything else, "implicit"
-    (RFC 8314), or None for no TLS."""
+    """None for no TLS, "starttls" (RFC 3207), "required" for STARTTLS before anything else, or
+    "implicit" (RFC 8314)."""
     cert: str | os.PathLike[str] | None = None
     """PEM file of the certificate; None creates a temporary one for localhost."""
     key: str | os.PathLike[str] | None = None
@@ -229,7 +221,7 @@ class Config:
 
     @cached_property
     def extensions(self) -> list[str]:
-        """The SMTP extensions that the server implements, apart from `without`."""
+        """The keywords of EXTENSIONS that are not disabled."""
         disabled = {*self.without, *([] if self.smtputf8 else ["SMTPUTF8"])}
         if disabled & {"8BITMIME", "CHUNKING"}:  # RFC 3030 section 3
             disabled.add("BINARYMIME")
@@ -254,11 +246,8 @@ class Config:
             # bool is a subclass of int
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise TypeError(f"{name}: must be {expected}, not {value!r}")
-        for name, texts in [
-            ("fail", self.fail),
-            ("ignore", self.ignore),
-            ("without", self.without),
-        ]:
+        lists = [("fail", self.fail), ("ignore", self.ignore), ("without", self.without)]
+        for name, texts in lists:
             if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
                 raise TypeError(f"{name}: must be a list of strings, not {texts!r}")
         if not isinstance(self.auth, Mapping) or not all(
@@ -289,7 +278,7 @@ if TYPE_CHECKING:
 
 
 def with_options(config: Config, options: Options) -> Config:
-    """Return the config with other values for these fields. Raises TypeError for others."""
+    """Return the config with these fields replaced. Raises TypeError for an unknown field."""
     names = [item.name for item in fields(Config)]
     for name in options:
         if name not in names:
@@ -322,7 +311,8 @@ class Reply:
         return "".join(rows).encode("ascii", "replace")
 
     def __str__(self) -> str:
-        return " ".join([str(self.code), self.status, *self.text.split("\n")])
+        words = [str(self.code), self.status, *self.text.split("\n")]
+        return " ".join(filter(None, words))
 
     @property
     def closes_connection(self) -> bool:
@@ -363,6 +353,29 @@ CANNOT_VERIFY = Reply(252, "2.5.0", "Cannot VRFY the address, but will accept me
 TOO_MANY_CONNECTIONS = Reply(421, "4.3.2", "Too many connections")
 SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down")
 TIMED_OUT = Reply(421, "4.4.2", "Idle timeout")
+
+
+# --- Text for the log ------------------------------------------------------------------
+
+
+def escape_unprintable(text: str) -> str:
+    """Return the text with control characters escaped, so that it is one line of a log."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def format_address(sockname: Any) -> str:
+    """Return the name of a socket as ADDRESS:PORT, with brackets around an IPv6 address.
+
+    sockname is None or empty for a client that has disconnected already.
+    """
+    if not sockname:
+        return "unknown:0"
+    host, port = sockname[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 # --- Grammar --------------------------------------------------------------------------
@@ -494,26 +507,6 @@ def _is_ipv6_address(text: str) -> bool:
     return True
 
 
-def escape_unprintable(text: str) -> str:
-    """Return the text with control characters escaped, so that it is one line of a log."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
-
-
-def format_address(sockname: Any) -> str:
-    """Return the name of a socket as ADDRESS:PORT, with brackets around an IPv6 address.
-
-    sockname is None or empty for a client that has disconnected already.
-    """
-    if not sockname:
-        return "unknown:0"
-    host, port = sockname[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 # --- Messages -------------------------------------------------------------------------
 
 
@@ -561,11 +554,6 @@ class Envelope:
     """The file in the Maildir, if the message is stored."""
 
     @cached_property
-    def has_bare_cr(self) -> bool:
-        """Whether the content has a CR without LF (RFC 5321 section 2.3.8)."""
-        return _BARE_CR.search(self.content) is not None
-
-    @cached_property
     def email(self) -> email.message.EmailMessage:
         """The parsed content. Header fields that do not parse are their text as sent."""
         import email.parser
@@ -599,7 +587,7 @@ class Envelope:
     @cached_property
     def links(self) -> list[str]:
         """The URLs in the text and the HTML in the order of appearance, without repeats."""
-        _, urls = html_to_text(self.html)
+        _, urls = parse_html(self.html)
         return list(dict.fromkeys([*find_urls(self.text), *urls]))
 
     @cached_property
@@ -616,8 +604,6 @@ class Envelope:
         rcpt_tos = ", ".join(self.rcpt_tos)
         return escape_unprintable(f"{self.mail_from} -> {rcpt_tos} [{self.subject}]")
 
-
-_BARE_CR = re.compile(rb"\r(?!\n)")
 
 # The first Subject field of the header section, with its folded lines.
 _SUBJECT_FIELD = (
@@ -670,9 +656,8 @@ def _leaf_parts(message: email.message.Message) -> Iterator[email.message.Messag
 
 
 def _is_text(part: email.message.Message) -> bool:
-    if part.get_content_disposition() == "attachment" or _file_name(part):
-        return False
-    return part.get_content_maintype() == "text"
+    is_file = part.get_content_disposition() == "attachment" or _file_name(part)
+    return part.get_content_maintype() == "text" and not is_file
 
 
 def _file_name(part: email.message.Message) -> str:
@@ -696,12 +681,12 @@ def _decode_payload(part: email.message.Message) -> bytes:
 def _decode_first_part(message: email.message.Message, content_type: str) -> str:
     for part in _leaf_parts(message):
         if part.get_content_type() == content_type and _is_text(part):
-            text = _decode_charset(_decode_payload(part), part)
-            return text.replace("\r\n", "\n")
+            return _decode_text(part).replace("\r\n", "\n")
     return ""
 
 
-def _decode_charset(data: bytes, part: email.message.Message) -> str:
+def _decode_text(part: email.message.Message) -> str:
+    data = _decode_payload(part)
     with contextlib.suppress(Exception):  # an unknown charset, or a failure of its decoder
         charset = codecs.lookup(str(part.get_content_charset("utf-8"))).name
         if charset not in ("idna", "punycode"):  # they take quadratic time
@@ -714,12 +699,8 @@ _URL = re.compile(r"https?://[^\s<>\"'\x00-\x1f]+", re.IGNORECASE)
 
 def find_urls(text: str) -> list[str]:
     """Return the http and https URLs in a text, without trailing punctuation."""
-    urls = []
-    for url in _URL.findall(text):
-        # A closing parenthesis may belong to a URL with an opening one.
-        punctuation = ".,:;!?*]" if "(" in url else ".,:;!?*])"
-        urls.append(url.rstrip(punctuation))
-    return urls
+    # A closing parenthesis may belong to a URL with an opening one.
+    return [url.rstrip(".,:;!?*]" if "(" in url else ".,:;!?*])") for url in _URL.findall(text)]
 
 
 # A comment, an element whose content is not text, or a tag. There is only one way to match
@@ -735,7 +716,7 @@ _HREF = re.compile(r"""\shref\s*=\s*("[^"]*"|'[^']*'|[^\s>"']+)""", re.IGNORECAS
 _LINE_ELEMENTS = "br dd div dt h1 h2 h3 h4 h5 h6 hr li ol p pre table tr ul".split()
 
 
-def html_to_text(document: str) -> tuple[str, list[str]]:
+def parse_html(document: str) -> tuple[str, list[str]]:
     """Return the text of an HTML document, and the URLs in it.
 
     The URL of a link follows its text in angle brackets.
@@ -774,16 +755,17 @@ def _link_url(tag: str) -> str:
     return url if re.match(r"[a-z][a-z0-9+.-]*://", url, re.IGNORECASE) else ""
 
 
-def split_content(content: bytes) -> tuple[bytes, bytes]:
-    """Return the header section, and the rest: the empty line and the body."""
+def header_section(content: bytes) -> bytes:
+    """Return the content up to the first empty line."""
     if content.startswith((b"\n", b"\r\n")):
-        return b"", content
-    match = _EMPTY_LINE.search(content)
-    end = match.start() if match else len(content)
-    return content[:end], content[end:]
+        return b""
+    match = re.search(rb"\n\r?\n", content)
+    return content[: match.start()] if match else content
 
 
-_EMPTY_LINE = re.compile(rb"\n\r?\n")
+def is_binary(mail_options: Mapping[str, str]) -> bool:
+    """Return whether MAIL had BODY=BINARYMIME: the content need not be lines (RFC 3030)."""
+    return mail_options.get("BODY", "").upper() == "BINARYMIME"
 
 
 # --- Lint -----------------------------------------------------------------------------
@@ -809,7 +791,7 @@ _REQUIRED_FIELDS = ["Date", "From", "Message-ID"]
 _UNIQUE_FIELDS = (
     "Date From Sender Reply-To To Cc Bcc Message-ID In-Reply-To References Subject".split()
 )
-# ".*" consumes the rest of the line.
+# ".*" skips the rest of the line, which would otherwise be searched as well.
 _FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:.*", re.MULTILINE)
 
 # RFC 5322 section 2.1.1, without the line end
@@ -827,12 +809,10 @@ def lint(content: bytes, mail_options: Mapping[str, str]) -> list[str]:
     The content is searched as a whole, without splitting it into lines.
     """
     warnings = []
-    if mail_options.get("BODY", "").upper() != "BINARYMIME":
+    if not is_binary(mail_options):
         warnings += _lint_lines(content)
-    if "SMTPUTF8" not in mail_options and not content.isascii():
-        header, _ = split_content(content)
-        if not header.isascii():
-            warnings.append(warning("utf8-header"))
+    if "SMTPUTF8" not in mail_options and not header_section(content).isascii():
+        warnings.append(warning("utf8-header"))
     return warnings + _lint_fields(content)
 
 
@@ -864,7 +844,7 @@ def _has_long_line(content: bytes) -> bool:
 
 def _lint_fields(content: bytes) -> list[str]:
     """Return the warnings about the names of the header fields."""
-    header, _ = split_content(content[:FIELDS_SEARCH_SIZE])
+    header = header_section(content[:FIELDS_SEARCH_SIZE])
     names = _FIELD_NAME.findall(header.lower())
     distinct = set(names)
     warnings = [
@@ -944,10 +924,10 @@ class Rule:
 # Commands without an argument: a pattern other than * never matches.
 _NO_ARGUMENT = ["STARTTLS", "DATA", "RSET", "QUIT"]
 
-_RULE_VERB = rf"\s*({'|'.join(map(re.escape, RULE_VERBS))})(?=\s|$)"
-_RULE_PATTERN = r"\s+(\S+)"
-_RULE_COUNT = r"(?:\s+x([1-9][0-9]{0,8})(?=\s|$))?"
-_RULE_ACTION = (
+_VERB_PATTERN = rf"\s*({'|'.join(map(re.escape, RULE_VERBS))})(?=\s|$)"
+_GLOB_PATTERN = r"\s+(\S+)"
+_COUNT_PATTERN = r"(?:\s+x([1-9][0-9]{0,8})(?=\s|$))?"
+_ACTION_PATTERN = (
     r"\s+(?:(?P<word>drop|ok)|delay\s+(?P<delay>[0-9]{1,6}(?:\.[0-9]{1,6})?)"
     r"|(?P<code>(?P<class>[45])[0-9]{2})(?:\s+(?P<status>(?P=class)(?:\.[0-9]{1,3}){2}))?"
     r"(?:\s+(?![0-9]\.[0-9])(?!drop\s*$)(?P<text>\S.*?))?(?P<drop>\s+drop)?)\s*$"
@@ -973,14 +953,14 @@ def parse_rule(text: str) -> Rule:
         position = match.end()
         return match
 
-    verb = match_next(_RULE_VERB, f"one of {' '.join(RULE_VERBS)}")[1].upper()
-    argument = match_next(_RULE_PATTERN, "a pattern such as * or *@example.com")
+    verb = match_next(_VERB_PATTERN, f"one of {' '.join(RULE_VERBS)}")[1].upper()
+    argument = match_next(_GLOB_PATTERN, "a pattern such as * or *@example.com")
     pattern = argument[1].lower()
     if verb in _NO_ARGUMENT and not fnmatchcase("", pattern):
         position = argument.start()
         raise error(f"*, because {verb} has no argument; for the subject of a message, use .")
-    count = match_next(_RULE_COUNT, "a count such as x1")[1]
-    action = match_next(_RULE_ACTION, "a code from 400 to 599, delay SECONDS, drop, or ok")
+    count = match_next(_COUNT_PATTERN, "a count such as x1")[1]
+    action = match_next(_ACTION_PATTERN, "a code from 400 to 599, delay SECONDS, drop, or ok")
     remaining = int(count) if count else float("inf")
     return Rule(text, verb, pattern, remaining, _rule_actions(action))
 
@@ -1054,11 +1034,6 @@ class Transaction:
         text = warning("address-syntax")
         if "_" in address.rpartition("@")[2] and "@" in address and text not in self.warnings:
             self.warnings.append(text)
-
-    @property
-    def body_type(self) -> str:
-        """The BODY parameter (RFC 6152, RFC 3030): 7BIT, 8BITMIME or BINARYMIME."""
-        return self.mail_options.get("BODY", "7BIT").upper()
 
 
 @dataclass(frozen=True)
@@ -1202,7 +1177,7 @@ class Session:
             yield action
 
     def feed(self, data: bytes) -> None:
-        """Add bytes from the client that receive() has not got, during an action."""
+        """Add bytes that arrive while an action is performed; receive() processes them next."""
         self._buffer += data
 
     def close(self, reply: Reply | None = None) -> None:
@@ -1220,7 +1195,8 @@ class Session:
         except SMTPError as error:
             action = self._count_error(error.reply)
         else:
-            if action is not None:
+            is_refusal = isinstance(action, Reply) and action.code >= 400  # of a failure rule
+            if action is not None and not is_refusal:
                 self._errors = 0
         if isinstance(action, Reply):
             if "ENHANCEDSTATUSCODES" not in self.config.extensions:
@@ -1301,12 +1277,12 @@ class Session:
         If a rule replies, proceed() is not called, and the session stays in its current state.
         """
         actions = self._shared.rules.matching_actions(verb, get_text, self.peer)
-        return self._next_rule_action(actions, self._state, proceed) if actions else proceed()
+        return self._next_rule_action(actions, self._state, proceed)
 
     def _next_rule_action(
         self, actions: list[Reply | Delay | Close], resume: State, proceed: State
     ) -> Action | None:
-        """State: return the actions one by one; after delays only, proceed()."""
+        """State: return the actions one by one, then proceed() if all of them were delays."""
         if len(actions) > 1 or (actions and isinstance(actions[0], Delay)):
             self._state = partial(self._next_rule_action, actions[1:], resume, proceed)
             return actions[0]
@@ -1544,8 +1520,9 @@ class Session:
         return name + ("S" if self.tls else "") + ("A" if self.user is not None else "")
 
     def _accept(self, envelope: Envelope) -> Deliver:
-        if "SMTPUTF8" not in self.config.extensions:
-            _require_ascii(envelope)
+        smtputf8 = "SMTPUTF8" in self.config.extensions
+        if not smtputf8 and not header_section(envelope.content).isascii():
+            raise SMTPError(554, "5.6.7", "Non-ASCII header fields require SMTPUTF8")
         for text in envelope.warnings:
             log.warning("%s: %s", self.peer, text)
         if self.config.strict and envelope.warnings:
@@ -1562,8 +1539,8 @@ class Session:
             self._messages += 1
         return delivery.reply
 
-    # Commands: one method for each verb. Each returns its reply, or the action of the state that
-    # follows, or raises SMTPError.
+    # Commands: one method for each verb. Each returns its reply or raises SMTPError; BDAT may also
+    # return None, if its octets have not arrived.
 
     def _ehlo(self, argument: str) -> Reply:
         self._warn_if_pipelined("the reply to EHLO")
@@ -1605,8 +1582,7 @@ class Session:
         if match is None:
             raise SMTPError(501, "5.5.4", "Syntax: MAIL FROM:<address>")
         mail_options = self._parse_parameters(match["parameters"], MAIL_PARAMETERS)
-        is_binary = mail_options.get("BODY", "").upper() == "BINARYMIME"
-        if is_binary and "BINARYMIME" not in self.config.extensions:
+        if is_binary(mail_options) and "BINARYMIME" not in self.config.extensions:
             raise SMTPError(501, "5.5.4", "Invalid value for parameter BODY")
         mail_from = ""  # the null reverse-path (RFC 5321 section 4.5.5)
         if match["path"]:
@@ -1654,7 +1630,7 @@ class Session:
         # RFC 3030 sections 2 and 3
         if transaction.chunks:
             raise SMTPError(503, "5.5.1", "DATA is not allowed after BDAT")
-        if transaction.body_type == "BINARYMIME":
+        if is_binary(transaction.mail_options):
             raise SMTPError(503, "5.5.1", "BODY=BINARYMIME requires BDAT")
         self._warn_if_pipelined("the reply to DATA")
         self._buffer[:0] = self._line_end  # see _read_content()
@@ -1792,7 +1768,8 @@ class Session:
         raise SMTPError(535, "5.7.8", "Authentication failed")
 
 
-# A new command also belongs in RULE_VERBS and, if it is an extension, in EXTENSIONS.
+# A new command also belongs in RULE_VERBS and, if it is part of an extension, in EXTENSIONS and
+# _COMMAND_EXTENSIONS.
 _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
     "EHLO": Session._ehlo,
     "HELO": Session._helo,
@@ -1816,7 +1793,7 @@ _REQUIRE_AUTH = ["MAIL", "RCPT", "DATA", "BDAT", "VRFY"]
 _UNIMPLEMENTED_VERBS = "EXPN TURN ETRN ATRN SEND SOML SAML".split()
 # The content type and the version of a TLS record with a ClientHello (RFC 8446 section 5.1)
 _TLS_HANDSHAKE = b"\x16\x03"
-# The first words of HTTP requests, which a web page may send to any port with a browser.
+# The first words of HTTP requests: a web page can make a browser send one to any port.
 _HTTP_VERBS = "GET POST PUT HEAD OPTIONS CONNECT DELETE PATCH PRI HOST:".split()
 
 
@@ -1829,13 +1806,6 @@ def _require_smtputf8(address: str, mail_options: dict[str, str]) -> None:
     """RFC 6531 section 3.5: an address outside ASCII requires the SMTPUTF8 parameter."""
     if not address.isascii() and "SMTPUTF8" not in mail_options:
         raise SMTPError(553, "5.6.7", "Non-ASCII address requires SMTPUTF8")
-
-
-def _require_ascii(envelope: Envelope) -> None:
-    """Refuse a non-ASCII header, as a server without SMTPUTF8 does; the body may be 8-bit."""
-    header, _ = split_content(envelope.content)
-    if not header.isascii():
-        raise SMTPError(554, "5.6.7", "Non-ASCII header fields require SMTPUTF8")
 
 
 # --- Storage --------------------------------------------------------------------------
@@ -1893,7 +1863,8 @@ class MaildirStore:
 
     directory is created if it is missing, and completed if it is empty or has one of the
     folders of a Maildir. None means the current directory, which is always completed. Raises
-    mailbox.Error for another directory, and OSError; nothing is created then.
+    mailbox.Error for another directory, which is left unchanged, and for one that cannot be
+    written to; OSError if it cannot be read.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
@@ -1956,30 +1927,28 @@ def _require_writable(path: Path) -> None:
         test.unlink()
 
 
-def _file_parts(envelope: Envelope, key: str) -> tuple[bytes, bytes, bytes, bytes]:
-    """Return what to write: trace header, line end or nothing, content, line ends or nothing.
+def _file_parts(envelope: Envelope, key: str) -> list[bytes]:
+    """Return what to write: the trace header, the content, and an empty line if it lacks one.
 
     Line ends are LF, the custom in a Maildir, except in BINARYMIME content. Bare CRs are kept.
     An empty line always ends the header section, because many mail readers require it.
     """
     header, content = trace_header(envelope, key), envelope.content
     line_end = b"\n"
-    if envelope.mail_options.get("BODY", "").upper() == "BINARYMIME":
+    if is_binary(envelope.mail_options):
         first_line = content.partition(b"\n")[0]
         if first_line.endswith(b"\r"):
             line_end = b"\r\n"
             header = header.replace(b"\n", line_end)
-    elif envelope.has_bare_cr:
-        content = content.replace(b"\r\n", b"\n")
     else:
-        content = content.translate(None, b"\r")  # faster than replace()
+        content = content.replace(b"\r\n", b"\n")
     if content.startswith(line_end):
-        return header, b"", content, b""
+        return [header, content]
     if not _FIELD_NAME.match(content):  # a body without header fields
-        return header, line_end, content, b""
+        return [header, line_end, content]
     if line_end * 2 in content:
-        return header, b"", content, b""
-    return header, b"", content, line_end if content.endswith(line_end) else line_end * 2
+        return [header, content]
+    return [header, content, line_end if content.endswith(line_end) else line_end * 2]
 
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -2226,6 +2195,135 @@ def _handshake_failure(error: OSError) -> str:
     return "the client closed the connection; it may not trust the certificate"
 
 
+# --- Sockets and certificates ---------------------------------------------------------
+
+
+def client_host(host: str) -> str:
+    """Return the address for clients on this machine of a server that listens on host."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def limit_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
+    """Make an event loop log one line in a second when there are too many open files.
+
+    asyncio reports it for each place in the backlog, and accepts again after a second.
+    """
+    next_time = 0.0
+
+    def on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal next_time
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() >= next_time:
+            next_time = loop.time() + 1
+            log.error("Cannot accept connections: %s; trying again", error.strerror)
+
+    loop.set_exception_handler(on_error)
+
+
+def listen(config: Config) -> list[socket.socket]:
+    """Return a listening socket for each address of config.interface, all on one port.
+
+    Raises OSError if it cannot listen there, and ValueError for an invalid host name.
+    """
+    found = socket.getaddrinfo(config.interface, config.port, type=socket.SOCK_STREAM)
+    addresses = [(family, name) for family, _, _, _, name in found]
+    attempts = 1 if config.port else 20
+    while True:
+        try:
+            return _bind(dict.fromkeys(addresses), config.reuse_port)
+        except OSError as error:
+            # The free port of the first address may be in use on the second one.
+            attempts -= 1
+            if not attempts or error.errno != errno.EADDRINUSE:
+                raise
+
+
+def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket.socket]:
+    """Return a listening socket for each address whose family this machine supports."""
+    sockets: list[socket.socket] = []
+    unsupported = OSError("no address")
+    with contextlib.ExitStack() as cleanup:
+        for family, (host, port, *scope) in addresses:
+            if sockets:
+                port = sockets[0].getsockname()[1]
+            try:
+                sock = socket.create_server(
+                    (host, port, *scope), family=family, reuse_port=reuse_port
+                )
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                unsupported = error
+                continue
+            cleanup.callback(sock.close)
+            sockets.append(sock)
+        if not sockets:
+            raise unsupported
+        cleanup.pop_all()  # keep them open
+    return sockets
+
+
+def make_tls_context(
+    cert: str | os.PathLike[str], key: str | os.PathLike[str] | None = None
+) -> ssl.SSLContext:
+    """Return a TLS context with this certificate.
+
+    Raises ValueError; its text names the file and what is wrong with it.
+    """
+    import ssl
+
+    def password() -> str:
+        raise ValueError("the key is encrypted; use a key without a passphrase")
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.num_tickets = 0  # libesmtp 1.1 hangs after session tickets of TLS 1.3
+    files = f"certificate {os.fspath(cert)}"
+    if key is not None:
+        files += f" with key {os.fspath(key)}"
+    try:
+        for path in (cert, key or cert):
+            # The errors of load_cert_chain() do not name the file.
+            with open(path, "rb"):
+                pass
+        context.load_cert_chain(cert, key, password)
+    except ssl.SSLError as error:
+        reason = (error.reason or "PEM").replace("_", " ").lower()
+        if "pem" in reason:
+            reason = "not a certificate and its private key in PEM format"
+        raise ValueError(f"cannot use {files}: {reason}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot use {files}: {error}") from error
+    return context
+
+
+# Works with OpenSSL 1.1.1 and LibreSSL 3.1 or newer.
+OPENSSL_COMMAND = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30"
+    " -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1"
+    " -keyout key.pem -out cert.pem"
+)
+
+
+def make_certificate(directory: str) -> tuple[str, str]:
+    """Create a self-signed certificate for localhost; return its file and that of its key.
+
+    Raises ValueError if the openssl program fails or is missing.
+    """
+    import subprocess
+
+    try:
+        subprocess.run(OPENSSL_COMMAND.split(), cwd=directory, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(
+            f"cannot create a certificate ({error}); create one on a machine with OpenSSL,"
+            f" by '{OPENSSL_COMMAND}', and use --cert cert.pem --key key.pem"
+        ) from error
+    return f"{directory}/cert.pem", f"{directory}/key.pem"
+
+
 # --- Server ---------------------------------------------------------------------------
 
 
@@ -2289,7 +2387,7 @@ class StoragePool:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._waiting:  # arrived after the thread had looked
+        if self._waiting:  # a message that arrived after the thread had ended its loop
             self._start_threads(1)
         self._set_results()
 
@@ -2323,7 +2421,7 @@ class Server:
         /,
         *,
         handler: Handler | None = None,
-        on_message: Handler | None = None,
+        on_message: Callable[[Envelope], object] | None = None,
         on_refusal: Callable[[Refusal], object] | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -2457,7 +2555,7 @@ class Server:
             del self._connections[task]
 
     async def _deliver(self, envelope: Envelope) -> Reply:
-        """Store the message or call the handler; return the reply to the end of its content."""
+        """Store the message, call the handler, and return the reply to the end of the content."""
         try:
             if self._pool is not None:
                 envelope = replace(envelope, path=await self._pool.store(envelope))
@@ -2514,135 +2612,6 @@ async def _call_in_thread(handler: Handler, envelope: Envelope) -> object:
     if isinstance(errors[0], SMTPError):
         raise errors[0]
     raise RuntimeError("The handler failed") from errors[0]
-
-
-# --- Sockets and certificates ---------------------------------------------------------
-
-
-def client_host(host: str) -> str:
-    """Return the address for clients on this machine of a server that listens on host."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def limit_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
-    """Make an event loop log one line in a second when there are too many open files.
-
-    asyncio reports it for each place in the backlog, and accepts again after a second.
-    """
-    next_time = 0.0
-
-    def on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal next_time
-        error = context.get("exception")
-        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
-            loop.default_exception_handler(context)
-        elif loop.time() >= next_time:
-            next_time = loop.time() + 1
-            log.error("Cannot accept connections: %s; trying again", error.strerror)
-
-    loop.set_exception_handler(on_error)
-
-
-def listen(config: Config) -> list[socket.socket]:
-    """Return a listening socket for each address of config.interface, all on one port.
-
-    Raises OSError if it cannot listen there, and ValueError for an invalid host name.
-    """
-    found = socket.getaddrinfo(config.interface, config.port, type=socket.SOCK_STREAM)
-    addresses = [(family, name) for family, _, _, _, name in found]
-    attempts = 1 if config.port else 20
-    while True:
-        try:
-            return _bind(dict.fromkeys(addresses), config.reuse_port)
-        except OSError as error:
-            # The free port of the first address may be in use on the second one.
-            attempts -= 1
-            if not attempts or error.errno != errno.EADDRINUSE:
-                raise
-
-
-def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket.socket]:
-    """Return a listening socket for each address whose family this machine supports."""
-    sockets: list[socket.socket] = []
-    unsupported = OSError("no address")
-    with contextlib.ExitStack() as cleanup:
-        for family, (host, port, *scope) in addresses:
-            if sockets:
-                port = sockets[0].getsockname()[1]
-            try:
-                sock = socket.create_server(
-                    (host, port, *scope), family=family, reuse_port=reuse_port
-                )
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                unsupported = error
-                continue
-            cleanup.callback(sock.close)
-            sockets.append(sock)
-        if not sockets:
-            raise unsupported
-        cleanup.pop_all()  # keep them open
-    return sockets
-
-
-def make_tls_context(
-    cert: str | os.PathLike[str], key: str | os.PathLike[str] | None = None
-) -> ssl.SSLContext:
-    """Return a TLS context with this certificate.
-
-    Raises ValueError; its text names the file and what is wrong with it.
-    """
-    import ssl
-
-    def password() -> str:
-        raise ValueError("the key is encrypted; use a key without a passphrase")
-
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.num_tickets = 0  # libesmtp 1.1 hangs after session tickets of TLS 1.3
-    files = f"certificate {os.fspath(cert)}"
-    if key is not None:
-        files += f" with key {os.fspath(key)}"
-    try:
-        for path in (cert, key or cert):
-            # The errors of load_cert_chain() do not name the file.
-            with open(path, "rb"):
-                pass
-        context.load_cert_chain(cert, key, password)
-    except ssl.SSLError as error:
-        reason = (error.reason or "PEM").replace("_", " ").lower()
-        if "pem" in reason:
-            reason = "not a certificate and its private key in PEM format"
-        raise ValueError(f"cannot use {files}: {reason}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot use {files}: {error}") from error
-    return context
-
-
-# Works with OpenSSL 1.1.1 and LibreSSL 3.1 or newer.
-OPENSSL_COMMAND = (
-    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30"
-    " -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1"
-    " -keyout key.pem -out cert.pem"
-)
-
-
-def make_certificate(directory: str) -> tuple[str, str]:
-    """Create a self-signed certificate for localhost; return its file and that of its key.
-
-    Raises ValueError if the openssl program fails or is missing.
-    """
-    import subprocess
-
-    try:
-        subprocess.run(OPENSSL_COMMAND.split(), cwd=directory, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(
-            f"cannot create a certificate ({error}); create one on a machine with OpenSSL,"
-            f" by '{OPENSSL_COMMAND}', and use --cert cert.pem --key key.pem"
-        ) from error
-    return f"{directory}/cert.pem", f"{directory}/key.pem"
 
 
 # --- Testing --------------------------------------------------------------------------
@@ -2805,7 +2774,8 @@ def _run_in_thread(server: Server) -> Iterator[None]:
         started.result()
         yield
     finally:
-        stopped.set_result(None)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            stopped.set_result(None)  # unless a handler has ended the event loop
         thread.join(HANDLER_TIMEOUT)
     if thread.is_alive():
         raise RuntimeError(
@@ -3083,7 +3053,10 @@ def main(argv: list[str] | None = None) -> NoReturn:
             except OSError as error:
                 log.error("Cannot start: cannot write to %s: %s", path, error.strerror)
                 sys.exit(2)
-        status = asyncio.run(_Program(args, output).run())
+        try:
+            status = asyncio.run(_Program(args, output).run())
+        except KeyboardInterrupt:  # before the server has started
+            status = 0
     # A zipapp ignores what main() returns.
     sys.exit(status)
 
@@ -3223,7 +3196,16 @@ class _Program:
     def _on_refusal(self, refusal: Refusal) -> None:
         self._refused += 1
         if self._args.json:
-            self._write_event("refused", **_refusal_as_json(refusal))
+            self._write_event(
+                "refused",
+                time=refusal.time.isoformat(),
+                peer=refusal.peer,
+                verb=refusal.verb,
+                argument=refusal.argument,
+                code=refusal.reply.code,
+                status=refusal.reply.status,
+                text=refusal.reply.text,
+            )
 
     def _write_event(self, event: str, **values: object) -> None:
         import json
@@ -3262,13 +3244,13 @@ class _Program:
         if self._stop.is_set():  # by a signal that arrived before the command was started
             _signal_command(process, "SIGTERM")
         self._process = process
-        await self._limit_time(process)
+        await self._wait_for_process(process)
         status = await process.wait()
         self._process = None
         _kill_remaining_processes(process)
         return status if status >= 0 else 128 - status
 
-    async def _limit_time(self, process: asyncio.subprocess.Process) -> None:
+    async def _wait_for_process(self, process: asyncio.subprocess.Process) -> None:
         """Wait until the process ends; after --timeout, end it."""
         ended = asyncio.ensure_future(process.wait())
         for seconds, name in [(self._args.timeout, "SIGTERM"), (KILL_TIMEOUT, "SIGKILL")]:
@@ -3362,10 +3344,6 @@ def _kill_remaining_processes(process: asyncio.subprocess.Process) -> None:
 def _on_signals(callback: Callable[[int], object]) -> None:
     """Call callback(number) in the running event loop at Ctrl-C, SIGTERM and SIGHUP."""
     loop = asyncio.get_running_loop()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(callback, number)
-
     for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
         number = signal.Signals.__members__.get(name)
         # nohup makes the program ignore SIGHUP.
@@ -3374,7 +3352,7 @@ def _on_signals(callback: Callable[[int], object]) -> None:
         try:
             loop.add_signal_handler(number, callback, number)
         except NotImplementedError:  # on Windows
-            signal.signal(number, on_signal)
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(callback, number))
 
 
 def _as_json(envelope: Envelope) -> dict[str, object]:
@@ -3404,26 +3382,13 @@ def _as_json(envelope: Envelope) -> dict[str, object]:
     }
 
 
-def _refusal_as_json(refusal: Refusal) -> dict[str, object]:
-    """Return the values of a refused event."""
-    return {
-        "time": refusal.time.isoformat(),
-        "peer": refusal.peer,
-        "verb": refusal.verb,
-        "argument": refusal.argument,
-        "code": refusal.reply.code,
-        "status": refusal.reply.status,
-        "text": refusal.reply.text,
-    }
-
-
 # Invisible characters that HTML messages contain for their layout
 _LAYOUT_CHARACTERS = dict.fromkeys(map(ord, "\u00ad\u034f\u200b\u200c\u200d\ufeff"))
 
 
 def _as_text(envelope: Envelope) -> str:
     """Return a message for a person, with control characters escaped."""
-    text = envelope.text or html_to_text(envelope.html)[0]
+    text = envelope.text or parse_html(envelope.html)[0]
     date = envelope.email["Date"] or envelope.received.strftime("%a, %d %b %Y %H:%M:%S %z")
     lines = [
         f"From: {envelope.mail_from}",
@@ -3441,15 +3406,9 @@ def _as_text(envelope: Envelope) -> str:
             f"  {item.name or 'unnamed'} ({item.type}, {len(item.content)} bytes)"
             for item in envelope.attachments
         ]
-    lines = ["\t".join(map(escape_unprintable, line.split("\t"))) for line in lines]
-    return "\n".join(
-        [
-            "---------- MESSAGE FOLLOWS ----------",
-            *lines,
-            "------------ END MESSAGE ------------",
-            "",
-        ]
-    )
+    rows = ["\t".join(map(escape_unprintable, line.split("\t"))) for line in lines]
+    first, last = "---------- MESSAGE FOLLOWS ----------", "------------ END MESSAGE ------------"
+    return "\n".join([first, *rows, last, ""])
 
 
 if __name__ == "__main__":

@@ -874,8 +874,8 @@ def test_links_in_text(text: str, urls: list[str]) -> None:
         ("<img alt='a>b'>x<ul><li>1<li>2</ul>", "x\n\n1\n2", []),
     ],
 )
-def test_html_to_text(document: str, text: str, urls: list[str]) -> None:
-    found_text, found_urls = dsmtpd.html_to_text(document)
+def test_parse_html(document: str, text: str, urls: list[str]) -> None:
+    found_text, found_urls = dsmtpd.parse_html(document)
     assert found_text.replace("\xa0", " ").replace("x</b", "x<b").replace("<b<b", "<b") == text
     assert list(dict.fromkeys(found_urls)) == urls
 
@@ -1090,10 +1090,11 @@ def test_without_extension(keyword: str, lines: list[str], codes: str) -> None:
     assert keyword.encode() in Client(tls="starttls").send(b"EHLO x\r\n")
 
 
-def test_without_enhanced_status_codes() -> None:
+def test_without_enhanced_status_codes(caplog: pytest.LogCaptureFixture) -> None:
     client = Client(without=["ENHANCEDSTATUSCODES"])
     client.send(b"EHLO x\r\n")
     assert client.send(b"NOOP\r\nXYZZY\r\n") == b"250 OK\r\n500 Command not recognized\r\n"
+    assert caplog.messages[0].endswith("XYZZY refused: 500 Command not recognized")
 
 
 def test_without_pipelining() -> None:
@@ -1306,6 +1307,12 @@ def test_content_limit_of_all_sessions() -> None:
     second.send(b"x" * 600)
     second.session.close()
     assert shared.reserved == 0
+
+
+def test_errors_and_rules() -> None:
+    """Replies of rules neither count as errors nor end a row of them."""
+    client = Client(fail=["NOOP * 550"])
+    assert client.codes(*["XYZZY", "NOOP"] * 21) == "500 550 " * 20 + "421 -"
 
 
 def test_consecutive_errors() -> None:
