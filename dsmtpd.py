@@ -38,7 +38,7 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -92,9 +92,9 @@ MAX_RCPT_ARGUMENTS = 512 * 1024
 # value is the default of smtpd_hard_error_limit in Postfix.
 MAX_ERRORS = 20
 
-# Lines of the log in a minute about refused commands, so that a client in a loop cannot fill
+# Warnings of one kind that the program logs in a minute, so that a client in a loop cannot fill
 # the disk.
-MAX_REFUSALS_LOGGED = 100
+MAX_LOGGED_WARNINGS = 100
 
 # Sessions at the same time, so that a loop in a client cannot exhaust the machine.
 MAX_CONNECTIONS = 1000
@@ -110,7 +110,7 @@ SUBJECT_SEARCH_SIZE = 65_536
 FIELDS_SEARCH_SIZE = 1_048_576
 
 # Characters of a MIME header field that are parsed; the parser is slow for long ones.
-MAX_MIME_FIELD_LENGTH = 2000
+MAX_MIME_FIELD_LENGTH = 500
 
 # Characters of adjacent encoded-words that are decoded; the decoder is slow for long ones.
 MAX_ENCODED_LENGTH = 4096
@@ -248,7 +248,8 @@ class Config:
                 raise TypeError(f"{name}: must be {expected}, not {value!r}")
         lists = [("fail", self.fail), ("ignore", self.ignore), ("without", self.without)]
         for name, texts in lists:
-            if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            is_list = isinstance(texts, Iterable) and not isinstance(texts, str)
+            if not is_list or not all(isinstance(text, str) for text in texts):
                 raise TypeError(f"{name}: must be a list of strings, not {texts!r}")
         if not isinstance(self.auth, Mapping) or not all(
             isinstance(text, str) for item in self.auth.items() for text in item
@@ -716,6 +717,11 @@ _HREF = re.compile(r"""\shref\s*=\s*("[^"]*"|'[^']*'|[^\s>"']+)""", re.IGNORECAS
 _LINE_ELEMENTS = "br dd div dt h1 h2 h3 h4 h5 h6 hr li ol p pre table tr ul".split()
 
 
+def _unescape(text: str) -> str:
+    """Decode the entities of HTML; those with numbers that html.unescape() refuses are dropped."""
+    return html.unescape(re.sub(r"&#[0-9]{50,};?", "", text))
+
+
 def parse_html(document: str) -> tuple[str, list[str]]:
     """Return the text of an HTML document, and the URLs in it.
 
@@ -727,7 +733,7 @@ def parse_html(document: str) -> tuple[str, list[str]]:
     position = 0
 
     def add_text(fragment: str) -> None:
-        text.append(re.sub(r"\s+", " ", html.unescape(fragment)))
+        text.append(re.sub(r"\s+", " ", _unescape(fragment)))
         urls.extend(find_urls(text[-1]))
 
     for markup in _MARKUP.finditer(document):
@@ -751,7 +757,7 @@ def parse_html(document: str) -> tuple[str, list[str]]:
 def _link_url(tag: str) -> str:
     """Return the absolute URL of a link, or ""."""
     match = _HREF.search(tag)
-    url = html.unescape(match[1].strip("\"'")).strip() if match else ""
+    url = _unescape(match[1].strip("\"'")).strip() if match else ""
     return url if re.match(r"[a-z][a-z0-9+.-]*://", url, re.IGNORECASE) else ""
 
 
@@ -956,13 +962,27 @@ def parse_rule(text: str) -> Rule:
     verb = match_next(_VERB_PATTERN, f"one of {' '.join(RULE_VERBS)}")[1].upper()
     argument = match_next(_GLOB_PATTERN, "a pattern such as * or *@example.com")
     pattern = argument[1].lower()
-    if verb in _NO_ARGUMENT and not fnmatchcase("", pattern):
+    if reason := _never_matches(verb, pattern):
         position = argument.start()
-        raise error(f"*, because {verb} has no argument; for the subject of a message, use .")
+        raise error(f"a pattern that can match: {reason}")
     count = match_next(_COUNT_PATTERN, "a count such as x1")[1]
-    action = match_next(_ACTION_PATTERN, "a code from 400 to 599, delay SECONDS, drop, or ok")
+    action = match_next(
+        _ACTION_PATTERN,
+        "a code from 400 to 599 [x.y.z of its class] [text], delay SECONDS, drop, or ok",
+    )
     remaining = int(count) if count else float("inf")
     return Rule(text, verb, pattern, remaining, _rule_actions(action))
+
+
+def _never_matches(verb: str, pattern: str) -> str:
+    """Return why no command can match the pattern, or ""."""
+    if verb in _NO_ARGUMENT and not fnmatchcase("", pattern):
+        return f"{verb} has no argument (use *); for the subject of a message, use ."
+    if verb == "CONNECT" and re.search("[g-z@]", pattern):
+        return "CONNECT has the address of the client, such as 127.0.0.1"
+    if verb in ("MAIL", "RCPT") and re.match("<|from:|to:", pattern):
+        return f"{verb} has an address without angle brackets"
+    return ""
 
 
 def _rule_actions(match: re.Match[str]) -> list[Reply | Delay | Close]:
@@ -979,6 +999,9 @@ def rule_text(argument: str) -> str:
     """Return the text of a command to match: the path of MAIL and RCPT, or the argument."""
     match = _MAIL_ARGUMENT.fullmatch(argument) or _RCPT_ARGUMENT.fullmatch(argument)
     return match["path"] if match else argument
+
+
+RULE_APPLIES = "%s: rule %s"
 
 
 class Rules:
@@ -1001,7 +1024,7 @@ class Rules:
             if not rule.remaining or not fnmatchcase(get_text().lower(), rule.pattern):
                 continue
             rule.remaining -= 1
-            log.info("%s: rule %s", peer, rule.text)
+            log.info(RULE_APPLIES, peer, rule.text)
             actions += rule.actions
             if not (rule.actions and isinstance(rule.actions[0], Delay)):
                 break
@@ -1073,21 +1096,12 @@ class SharedState:
         """Octets of content that all sessions hold."""
         self.rejected_messages = 0
         """How many messages were rejected because of config.strict."""
-        self._minute = 0.0
-        self._refusals = 0  # in that minute
 
     def report_refusal(self, refusal: Refusal, detail: str) -> None:
-        """Log a refusal, unless there are too many, and pass it on."""
-        minute = refusal.time.timestamp() // 60
-        if minute != self._minute:
-            self._minute, self._refusals = minute, 0
-        self._refusals += 1
-        if self._refusals <= MAX_REFUSALS_LOGGED:
-            name = "message" if refusal.verb == "." else refusal.verb
-            command = f"{name} {refusal.argument}".rstrip()
-            log.warning("%s: %s refused: %s%s", refusal.peer, command, refusal.reply, detail)
-        elif self._refusals == MAX_REFUSALS_LOGGED + 1:
-            log.warning("Too many refusals: the others of this minute are not logged")
+        """Log a refusal, and pass it on."""
+        name = "message" if refusal.verb == "." else refusal.verb
+        command = f"{name} {refusal.argument}".strip() or "empty line"
+        log.warning("%s: %s refused: %s%s", refusal.peer, command, refusal.reply, detail)
         if self.on_refusal is not None:
             self.on_refusal(refusal)
 
@@ -1128,9 +1142,13 @@ def _sasl_xoauth2() -> SASLExchange:
 
 
 SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login, "XOAUTH2": _sasl_xoauth2}
-# The names that the log shows. Another word after AUTH may be a secret.
-_SASL_NAMES = {*SASL_MECHANISMS, "CRAM-MD5", "DIGEST-MD5", "EXTERNAL", "GSSAPI", "NTLM"}
-_SASL_NAMES |= {"OAUTHBEARER", "SCRAM-SHA-1", "SCRAM-SHA-256"}
+
+
+def _is_mechanism(word: str) -> bool:
+    """Return whether the word after AUTH is the name of a mechanism, not a secret in base64."""
+    # Base64 has both cases and a length that is a multiple of 4.
+    is_name = re.fullmatch("[A-Z0-9_-]{3,20}|[a-z0-9_-]{3,20}", word) is not None
+    return word.upper() in SASL_MECHANISMS or (is_name and ("-" in word or len(word) % 4 > 0))
 
 
 class Session:
@@ -1251,21 +1269,23 @@ class Session:
         else:
             verb, _, argument = self._masked(self._command).partition(" ")
         now = datetime.fromtimestamp(self._now, timezone.utc)
-        refusal = Refusal(now, self.peer, verb.upper(), argument, reply)
+        if verb.isalpha() and verb.isascii():
+            verb = verb.upper()
+        refusal = Refusal(now, self.peer, verb, argument, reply)
         self._shared.report_refusal(refusal, self._refusal_detail)
 
     def _masked(self, line: str) -> str:
         """Return the line without secrets, such as the arguments of AUTH."""
-        words = line.upper().split()
-        if words and "AUTH" in words[0]:
+        words = line.split()
+        if words and "AUTH" in words[0].upper():
             shown = ["AUTH"]
-            if len(words) > 1 and words[1] in _SASL_NAMES:
-                shown.append(words[1])
+            if len(words) > 1 and _is_mechanism(words[1]):
+                shown.append(words[1].upper())
             if len(words) > len(shown):
                 shown.append("***")
             return " ".join(shown)
         # A client may send a response after the exchange has failed.
-        if self._auth_seen and words and words[0] not in _COMMANDS:
+        if self._auth_seen and words and words[0].upper() not in _COMMANDS:
             return "***"
         return escape_unprintable(line)
 
@@ -1330,7 +1350,12 @@ class Session:
             )
             self._state = self._discard
             return Close()
-        line = self._read_line()
+        start = self._buffer[:40].decode("utf-8", "replace")
+        try:
+            line = self._read_line()
+        except SMTPError:
+            self._begin_command(f"{start}...")
+            raise
         if line is None:
             return None
         if line.endswith(b"\r\n"):
@@ -1764,7 +1789,7 @@ class Session:
             if self.config.tls is not None and not self.tls:
                 self._warn(warning("plaintext-auth"))
             return LOGIN_SUCCEEDED
-        self._refusal_detail = f" (user {escape_unprintable(name)!r}: {problem})"
+        self._refusal_detail = f" (user '{escape_unprintable(name)}': {problem})"
         raise SMTPError(535, "5.7.8", "Authentication failed")
 
 
@@ -1869,9 +1894,9 @@ class MaildirStore:
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
         self.path = Path(directory or ".").absolute()
-        if directory is not None:
-            _require_maildir(self.path)
         try:
+            if directory is not None:
+                _require_maildir(self.path)
             for name in ("tmp", "new", "cur"):
                 (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             _require_writable(self.path)
@@ -2185,14 +2210,17 @@ def _handshake_failure(error: OSError) -> str:
     if isinstance(error, ssl.SSLError):
         reason = (error.reason or "").replace("_", " ").lower()
     if reason in ("wrong version number", "http request", "unknown protocol"):
-        return f"{reason}; the client does not start with TLS, as --tls implicit requires"
+        return f"{reason}; the client sent plain text instead of TLS"
     if "alert" in reason:
         return f"{reason}; the client may not trust the certificate"
     if reason and "eof" not in reason:
         return reason
     if isinstance(error, ConnectionAbortedError) and str(error):  # the handshake timeout
         return str(error)
-    return "the client closed the connection; it may not trust the certificate"
+    return (
+        "the client closed the connection; it may not trust the certificate, or it does not use"
+        " TLS and waits for the greeting"
+    )
 
 
 # --- Sockets and certificates ---------------------------------------------------------
@@ -2437,6 +2465,8 @@ class Server:
         self.cafile: str | None = None
         """The temporary certificate, for clients that verify it; it exists while the server
         runs."""
+        if handler is not None and not callable(handler):
+            raise TypeError(f"handler: must be callable, not {handler!r}")
         self.handler = handler
         self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
@@ -2563,8 +2593,11 @@ class Server:
                 await self._call_handler(self.handler, envelope)
         except SMTPError as error:
             return error.reply
-        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
-            raise  # the end of the event loop
+        except asyncio.CancelledError:  # by the handler, or because the event loop ends
+            log.warning("%s: The delivery was cancelled", envelope.peer)
+            raise
+        except (GeneratorExit, KeyboardInterrupt, SystemExit):  # the event loop ends
+            raise
         except BaseException:  # such as a failure of pytest
             log.exception("%s: Cannot deliver the message", envelope.peer)
             return DELIVERY_FAILED
@@ -2776,7 +2809,8 @@ def _run_in_thread(server: Server) -> Iterator[None]:
     finally:
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             stopped.set_result(None)  # unless a handler has ended the event loop
-        thread.join(HANDLER_TIMEOUT)
+        with contextlib.suppress(RuntimeError):  # a KeyboardInterrupt in thread.start()
+            thread.join(HANDLER_TIMEOUT)
     if thread.is_alive():
         raise RuntimeError(
             f"the handler {server.handler!r} has not returned for {HANDLER_TIMEOUT} s"
@@ -3005,6 +3039,8 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _credentials(text: str) -> tuple[str, str]:
+    with contextlib.suppress(UnicodeError):  # RFC 4616: UTF-8, whatever the locale is
+        text = os.fsencode(text).decode()
     user, colon, password = text.partition(":")
     if not user or not colon:
         raise argparse.ArgumentTypeError("must be USER:PASSWORD")
@@ -3049,19 +3085,44 @@ def main(argv: list[str] | None = None) -> NoReturn:
         path = args.json or args.print or "-"
         if path != "-":
             try:
-                output = _Output(stack.enter_context(open(path, "w", encoding="utf-8")), path)
+                file = _open_output(path, "{" if args.json else _MESSAGE_START)
             except OSError as error:
-                log.error("Cannot start: cannot write to %s: %s", path, error.strerror)
+                log.error("Cannot start: cannot write to %s: %s", path, error.strerror or error)
                 sys.exit(2)
+            output = _Output(stack.enter_context(file), path)
         try:
-            status = asyncio.run(_Program(args, output).run())
+            status = asyncio.run(_Program(args, output, stack).run())
         except KeyboardInterrupt:  # before the server has started
             status = 0
     # A zipapp ignores what main() returns.
     sys.exit(status)
 
 
+class _WarningLimit(logging.Filter):
+    """Limits the warnings of each kind in a minute. A kind is a message without its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._minute = 0.0
+        self._counts: Counter[str] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether to log the record."""
+        if record.levelno < logging.WARNING and record.msg != RULE_APPLIES:
+            return True
+        minute = record.created // 60
+        if minute != self._minute:
+            self._minute = minute
+            self._counts.clear()
+        self._counts[record.msg] += 1
+        if self._counts[record.msg] == MAX_LOGGED_WARNINGS:
+            record.msg, record.args = f"{record.getMessage()} (no more of these in this minute)", ()
+            return True
+        return self._counts[record.msg] < MAX_LOGGED_WARNINGS
+
+
 def _configure_logging(args: argparse.Namespace) -> None:
+    log.addFilter(_WarningLimit())
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
     # asyncio warns of each write to a client that has disconnected.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
@@ -3082,6 +3143,18 @@ def _raise_file_limit(count: int) -> None:
         if hard != resource.RLIM_INFINITY:
             count = min(count, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
+
+
+_MESSAGE_START = "---------- MESSAGE FOLLOWS ----------"
+
+
+def _open_output(path: str, start: str) -> TextIO:
+    """Open a file for the output. Raises OSError also if it is a file with another start."""
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            if file.read(len(start)) not in ("", start):
+                raise OSError("it has other content; a command goes after --")
+    return open(path, "w", encoding="utf-8")
 
 
 class _Output:
@@ -3117,8 +3190,11 @@ class _StartError(Exception):
 class _Program:
     """One run of the program: the server, its output, and the command after "--"."""
 
-    def __init__(self, args: argparse.Namespace, output: _Output) -> None:
+    def __init__(
+        self, args: argparse.Namespace, output: _Output, cleanup: contextlib.ExitStack
+    ) -> None:
         self._args = args
+        self._cleanup = cleanup
         self._config: Config = args.config
         self._output = output
         self._stop = asyncio.Event()
@@ -3141,7 +3217,13 @@ class _Program:
         else:
             status = await self._wait(server)
         log.info("Cleaning up")
-        await server.close()
+        limited = self._args.command or self._args.expect is not None or self._args.timeout
+        try:
+            await asyncio.wait_for(server.close(), HANDLER_TIMEOUT if limited else None)
+        except asyncio.TimeoutError:
+            name = self._args.handler
+            log.error("The handler %s has not returned for %g s", name, HANDLER_TIMEOUT)
+            return status or 1
         expectation_status = self._check_expectation(server)
         return status or expectation_status
 
@@ -3176,8 +3258,8 @@ class _Program:
         if enough and not rejected:
             return 0
         log.error(
-            "Expected %d messages: %d arrived, %d were rejected by --strict,"
-            " %d commands or messages were refused in all",
+            "Expected messages: %d, arrived: %d, rejected by --strict: %d,"
+            " refused commands and messages: %d",
             expected,
             self._received,
             rejected,
@@ -3233,7 +3315,8 @@ class _Program:
         if self._process is not None:
             name = "SIGKILL" if repeated else signal.Signals(number).name
             _signal_command(self._process, name)
-        elif repeated and not self._args.command:  # main() must remove the temporary Maildir
+        elif repeated:
+            self._cleanup.close()  # removes the temporary Maildir
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -3356,17 +3439,27 @@ def _kill_remaining_processes(process: asyncio.subprocess.Process) -> None:
 
 
 def _on_signals(callback: Callable[[int], object]) -> None:
-    """Call callback(number) in the running event loop at Ctrl-C, SIGTERM and SIGHUP."""
+    """Call callback(number) in the running event loop at Ctrl-C, SIGTERM and SIGHUP.
+
+    The third signal ends the program at once, even if a handler blocks the event loop.
+    """
     loop = asyncio.get_running_loop()
+    remaining = 2
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal remaining
+        if remaining == 0:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        remaining -= 1
+        loop.call_soon_threadsafe(callback, number)
+
     for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
         number = signal.Signals.__members__.get(name)
         # nohup makes the program ignore SIGHUP.
         if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
             continue
-        try:
-            loop.add_signal_handler(number, callback, number)
-        except NotImplementedError:  # on Windows
-            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(callback, number))
+        signal.signal(number, on_signal)
 
 
 def _as_json(envelope: Envelope) -> dict[str, object]:
@@ -3421,7 +3514,7 @@ def _as_text(envelope: Envelope) -> str:
             for item in envelope.attachments
         ]
     rows = ["\t".join(map(escape_unprintable, line.split("\t"))) for line in lines]
-    first, last = "---------- MESSAGE FOLLOWS ----------", "------------ END MESSAGE ------------"
+    first, last = _MESSAGE_START, "------------ END MESSAGE ------------"
     return "\n".join([first, *rows, last, ""])
 
 
