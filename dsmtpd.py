@@ -212,6 +212,10 @@ class Config:
         self._check_tls()
 
     def _check_tls(self) -> None:
+        if self.tls == "required" and "STARTTLS" in self.without:
+            raise ValueError("without: tls=required needs STARTTLS")
+        if self.auth and "AUTH" in self.without:
+            raise ValueError("without: auth needs AUTH")
         if self.tls not in (None, *TLS_MODES):
             raise ValueError(f"tls: must be one of {', '.join(TLS_MODES)}, not {self.tls}")
         if self.cert and not self.tls:
@@ -1177,6 +1181,7 @@ class Session:
         self._envelope: Envelope | None = None  # the message that the last command ended
         self._refusal_detail = ""  # what the log says about the refusal of the last command
         self._messages = 0  # how many messages were accepted
+        self._plaintext_login = False  # without TLS, although the server offers it
         self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
         self._protocol_warnings: list[str] = []
         self._errors = 0
@@ -1513,6 +1518,8 @@ class Session:
         content = bytes(transaction.content)
         warnings = self._protocol_warnings + transaction.warnings
         warnings += lint(content, transaction.mail_options)
+        if self._plaintext_login:
+            warnings.append(warning("plaintext-auth"))
         self._protocol_warnings.clear()
         transaction.content.clear()  # do not hold a large message twice
         envelope = Envelope(
@@ -1725,6 +1732,7 @@ class Session:
         self._buffer.clear()
         self.tls = True
         self.helo = self.user = self.transaction = None
+        self._plaintext_login = False
         self._state = self._read_command
         return StartTLS()
 
@@ -1786,8 +1794,7 @@ class Session:
             problem = "wrong password"
         else:
             self.user = user.decode("utf-8", "replace")
-            if self.config.tls is not None and not self.tls:
-                self._warn(warning("plaintext-auth"))
+            self._plaintext_login = self.config.tls is not None and not self.tls
             return LOGIN_SUCCEEDED
         self._refusal_detail = f" (user '{escape_unprintable(name)}': {problem})"
         raise SMTPError(535, "5.7.8", "Authentication failed")
@@ -2069,12 +2076,11 @@ class Connection:
             await self._perform(StartTLS())
         data = b""  # the first call of receive() yields the greeting
         while True:
+            replied = False
             for action in self._session.receive(data, time.time()):
                 if isinstance(action, Reply):
+                    replied = True
                     await self._queue(action)
-                    if action.code == 354:
-                        await self._flush()
-                        self._acknowledge_quickly()
                     if action.closes_connection:
                         return
                 elif isinstance(action, Close):
@@ -2083,6 +2089,8 @@ class Connection:
                     await self._flush()
                     await self._perform(action)
             await self._flush()
+            if not replied:
+                self._acknowledge_quickly()
             if self._final_reply is not None:  # interrupted during a delivery
                 return
             data = await self._reader.read(READ_SIZE)
@@ -2096,9 +2104,10 @@ class Connection:
             await self._flush()
 
     def _acknowledge_quickly(self) -> None:
-        """Have the system acknowledge content at once, which a client may send in small writes.
+        """Have the system acknowledge at once what the client has sent.
 
-        Such a client waits for the acknowledgement, which Linux delays by 40 ms.
+        A client that sends small writes waits for that, and Linux delays it by 40 ms where no
+        reply follows.
         """
         sock = self._writer.get_extra_info("socket")
         if sys.platform == "linux" and sock is not None:
@@ -2171,6 +2180,7 @@ class Connection:
         protocol.connection_made(transport)
         self._reader = reader
         self._writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
+        self._acknowledge_quickly()
 
     async def _close(self) -> None:
         """Send the last replies, and close the connection."""

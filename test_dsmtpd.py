@@ -1035,10 +1035,12 @@ def test_login_without_tls() -> None:
         ("implicit", [], []),
     ]:
         client = Client(tls=tls)
-        client.codes(HELLO, *upgrade, login, "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
-        client.send(CLEAN.encode() + b".\r\n")
-        warnings = [text.partition(":")[0] for text in client.envelopes[0].warnings]
-        assert warnings == names, (tls, upgrade)
+        client.codes(HELLO, *upgrade, login)
+        for _ in range(2):
+            client.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+            client.send(CLEAN.encode() + b".\r\n")
+        for message in client.envelopes:
+            assert [text.partition(":")[0] for text in message.warnings] == names, (tls, upgrade)
 
 
 @pytest.mark.parametrize("line", ["MAIL FROM:<a@b>", "RCPT TO:<a@b>", "DATA", "VRFY x", "BDAT 0"])
@@ -1375,6 +1377,8 @@ def test_memory_of_large_message() -> None:
         ({"interface": " "}, "127.0.0.1"),
         ({"tls": "ssl"}, "tls: must be one of starttls, required, implicit, not ssl"),
         ({"cert": "x.pem"}, "cert: requires tls"),
+        ({"tls": "required", "without": ["starttls"]}, "without: tls=required needs STARTTLS"),
+        ({"auth": {"u": "p"}, "without": ["AUTH"]}, "without: auth needs AUTH"),
     ],
 )
 def test_invalid_config(options: dict[str, Any], text: str) -> None:
