@@ -2009,8 +2009,8 @@ class Connection:
     action StartTLS, and for a session that starts with TLS.
 
     interrupt() ends the session: it stores the final reply and cancels the task, and _close()
-    sends the reply. A delivery is never cancelled; the session then ends after it and after
-    the bytes that were read together with it. _check_idle() calls interrupt(). abort() is for
+    sends the reply. A delivery is never cancelled; the session then ends after it.
+    _check_idle() calls interrupt(). abort() is for
     a client that does not read the last reply.
     """
 
@@ -2898,7 +2898,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 _EXAMPLES = """\
 Examples:
   dsmtpd -d mail --print              store and print each message
-  dsmtpd -p 0 --expect 1 -- pytest    run tests; fail if they sent no message
+  dsmtpd -p 0 --expect 1 -- make test run tests; fail if they sent no message
   dsmtpd --fail 'RCPT full@* 452 4.2.2 Mailbox full'
 
 Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage or an invalid Maildir,
@@ -2973,7 +2973,11 @@ def _add_message_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_protocol_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--tls", choices=TLS_MODES, help="Offer TLS 1.2 or newer.")
+    add(
+        "--tls",
+        choices=TLS_MODES,
+        help="Use TLS 1.2 or newer: offer STARTTLS, reject clients without it, or start with TLS.",
+    )
     add("--cert", metavar="PEM", help="Use this certificate (a temporary one for localhost).")
     add("--key", metavar="PEM", help="Use this private key (the one in the --cert file).")
     add(
@@ -3009,8 +3013,9 @@ def _add_testing_options(group: argparse._ArgumentGroup) -> None:
         type=_rule,
         action="append",
         default=[],
-        help="Make a command or a message fail; repeatable. RULE is 'VERB GLOB [xN] ACTION', and"
-        " ACTION is CODE [x.y.z] [text] [drop], delay SECONDS, drop or ok.",
+        help="Make a command or a message fail; repeatable. RULE is 'VERB GLOB [xN] ACTION'."
+        " VERB is CONNECT, a command, or . for a message. ACTION is CODE [x.y.z] [text] [drop],"
+        " delay SECONDS, drop or ok.",
     )
     add(
         "--expect",
@@ -3506,14 +3511,13 @@ _LAYOUT_CHARACTERS = dict.fromkeys(map(ord, "\u00ad\u034f\u200b\u200c\u200d\ufef
 def _as_text(envelope: Envelope) -> str:
     """Return a message for a person, with control characters escaped."""
     text = envelope.text or parse_html(envelope.html)[0]
-    date = envelope.email["Date"] or envelope.received.strftime("%a, %d %b %Y %H:%M:%S %z")
+    header = {name: envelope.email[name] for name in ("From", "To", "Cc", "Reply-To", "Date")}
     lines = [
-        f"From: {envelope.mail_from}",
-        f"To: {', '.join(envelope.rcpt_tos)}",
-        f"Date: {date}",
+        *(f"{name}: {value}" for name, value in header.items() if value is not None),
         f"Subject: {envelope.subject}",
+        f"Envelope: {envelope.mail_from} -> {', '.join(envelope.rcpt_tos)}",
         "",
-        *text.rstrip().replace("\xa0", " ").translate(_LAYOUT_CHARACTERS).split("\n"),
+        *text.strip("\n").rstrip().replace("\xa0", " ").translate(_LAYOUT_CHARACTERS).split("\n"),
     ]
     if envelope.links:
         lines += ["", "Links:", *(f"  {url}" for url in envelope.links)]

@@ -823,7 +823,7 @@ def test_decoded_parts() -> None:
     ]
     assert message.attachments[0].content == b"a text file\r\n"
     assert b"%PDF" not in message.attachments[0].content
-    assert message.attachments[1].content.startswith(b"Subject: =?")
+    assert message.attachments[1].content.startswith(b"From: =?")
 
 
 @pytest.mark.parametrize(
@@ -2755,7 +2755,7 @@ def test_tls_client_errors(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_tls_client_disconnects_during_delivery(
     closing: bool, pem: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The messages that were sent are delivered, and no error is logged."""
+    """No error is logged. Messages that were sent are delivered, but not after a shutdown."""
     started, release = threading.Event(), threading.Event()
     envelopes: list[Envelope] = []
 
@@ -2785,7 +2785,7 @@ def test_tls_client_disconnects_during_delivery(
         await server.close()
 
     run(scenario)
-    assert len(envelopes) == 2
+    assert len(envelopes) == 2 or (closing and len(envelopes) == 1)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert {record.name for record in caplog.records} == {"dsmtpd"}
 
@@ -4201,6 +4201,8 @@ def test_json_refusals_to_a_file(tmp_path: Path) -> None:
 
 
 HTML_MESSAGE = email.message.EmailMessage()
+HTML_MESSAGE["From"] = "Jürgen <a@b>"
+HTML_MESSAGE["To"] = "c@d"
 HTML_MESSAGE["Subject"] = "Grüße"
 HTML_MESSAGE["Date"] = "Sat, 21 Nov 2026 12:00:00 +0000"
 HTML_MESSAGE.set_content(
@@ -4220,10 +4222,11 @@ def test_print(tmp_path: Path) -> None:
         server.stop()
     assert path.read_text("utf-8") == (
         "---------- MESSAGE FOLLOWS ----------\n"
-        "From: a@b\n"
-        "To: c@d, e@f\n"
+        "From: Jürgen <a@b>\n"
+        "To: c@d\n"
         "Date: Sat, 21 Nov 2026 12:00:00 +0000\n"
         "Subject: Grüße\n"
+        "Envelope: a@b -> c@d, e@f\n"
         "\n"
         "Willkommen\n"
         "\n"
@@ -4241,7 +4244,7 @@ def test_print(tmp_path: Path) -> None:
 def test_print_to_standard_output(tmp_path: Path) -> None:
     completed = command("-p", "0", "--print", "--", *SEND, "1")
     assert completed.stdout.startswith(
-        "---------- MESSAGE FOLLOWS ----------\nFrom: a@b\nTo: c@d\n"
+        "---------- MESSAGE FOLLOWS ----------\nSubject: 0\nEnvelope: a@b -> c@d\n"
     )
     assert completed.stdout.endswith("------------ END MESSAGE ------------\n1\n")
 
