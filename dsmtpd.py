@@ -1460,7 +1460,8 @@ class Session:
         """Move octets from the buffer to the content, and undo dot-stuffing."""
         octets = self._buffer[:count]
         del self._buffer[:count]
-        octets = octets.replace(self._line_end + b".", self._line_end)
+        if b"." in octets:  # base64 has none
+            octets = octets.replace(self._line_end + b".", self._line_end)
         self._append(transaction, octets, overhead=len(self._line_end))
 
     def _append(self, transaction: Transaction, octets: bytearray, overhead: int = 0) -> None:
@@ -1959,6 +1960,9 @@ def _require_writable(path: Path) -> None:
         test.unlink()
 
 
+_BARE_CR = re.compile(rb"\r(?!\n)")
+
+
 def _file_parts(envelope: Envelope, key: str) -> list[bytes]:
     """Return what to write: the trace header, the content, and an empty line if it lacks one.
 
@@ -1972,8 +1976,10 @@ def _file_parts(envelope: Envelope, key: str) -> list[bytes]:
         if first_line.endswith(b"\r"):
             line_end = b"\r\n"
             header = header.replace(b"\n", line_end)
-    else:
+    elif _BARE_CR.search(content):
         content = content.replace(b"\r\n", b"\n")
+    else:
+        content = content.translate(None, b"\r")  # faster than replace()
     if content.startswith(line_end):
         return [header, content]
     if not _FIELD_NAME.match(content):  # a body without header fields
@@ -2901,8 +2907,9 @@ Examples:
   dsmtpd -p 0 --expect 1 -- make test run tests; fail if they sent no message
   dsmtpd --fail 'RCPT full@* 452 4.2.2 Mailbox full'
 
-Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage or an invalid Maildir,
-3 cannot listen; with a COMMAND, the exit status of the command"""
+Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage, or a directory, file,
+certificate or handler that cannot be used, 3 cannot listen; with a COMMAND that ran and met
+the expectation, the exit status of the command"""
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -3021,7 +3028,8 @@ def _add_testing_options(group: argparse._ArgumentGroup) -> None:
         "--expect",
         metavar="N",
         type=_integer,
-        help="Stop after N messages; exit with status 1 if fewer arrive, or, with 0, if any does.",
+        help="Exit with status 1 if fewer than N messages arrive, or, with 0, if any does."
+        " Without a COMMAND, stop after N messages.",
     )
     add("--timeout", metavar="SECONDS", type=_seconds, help="Stop after this time.")
 
@@ -3356,22 +3364,25 @@ class _Program:
         if self._stop.is_set():  # by a signal that arrived before the command was started
             _signal_command(process, "SIGTERM")
         self._process = process
-        await self._wait_for_process(process)
+        timed_out = await self._wait_for_process(process)
         status = await process.wait()
         self._process = None
         _kill_remaining_processes(process)
+        if timed_out and status == 0:  # it ended by itself at SIGTERM, as servers do
+            return 128 + signal.SIGTERM
         return status if status >= 0 else 128 - status
 
-    async def _wait_for_process(self, process: asyncio.subprocess.Process) -> None:
-        """Wait until the process ends; after --timeout, end it."""
+    async def _wait_for_process(self, process: asyncio.subprocess.Process) -> bool:
+        """Wait until the process ends. After --timeout, end it and return True."""
         ended = asyncio.ensure_future(process.wait())
         for seconds, name in [(self._args.timeout, "SIGTERM"), (KILL_TIMEOUT, "SIGKILL")]:
             await asyncio.wait([ended], timeout=seconds)
             if ended.done():
-                return
+                return name == "SIGKILL"
             log.warning("Timeout: sending %s to %s", name, self._args.command[0])
             _signal_command(process, name)
         await ended
+        return True
 
     def _environment(self, server: Server) -> dict[str, str]:
         """Return the environment variables that tell the command where to send messages."""

@@ -3884,6 +3884,13 @@ def test_closed_standard_output(tmp_path: Path) -> None:
     assert b"dsmtpd.py" not in completed.stderr
 
 
+@POSIX
+def test_timeout_of_a_command_that_ends_with_status_0() -> None:
+    code = "import signal, sys; signal.signal(15, lambda *_: sys.exit(0)); signal.pause()"
+    completed = command("-p", "0", "--timeout", "1", "--", sys.executable, "-c", code)
+    assert completed.returncode == 128 + signal.SIGTERM
+
+
 def test_expect_no_message(temp_dir: Path, tmp_path: Path) -> None:
     """--expect 0 asserts that no message was sent."""
     nothing = [sys.executable, "-c", ""]
