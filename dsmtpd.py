@@ -1171,6 +1171,8 @@ class Session:
         self.user: str | None = None
         self.transaction: Transaction | None = None
         self._shared = SharedState(config) if shared is None else shared
+        self._has_pipelining = "PIPELINING" in config.extensions
+        self._has_status_codes = "ENHANCEDSTATUSCODES" in config.extensions
         self._reserved = 0  # the part of shared.reserved that belongs to this session
         self._buffer = bytearray()
         self._searched = 0  # octets at the start of the buffer without a line end
@@ -1222,7 +1224,7 @@ class Session:
             if action is not None and not is_refusal:
                 self._errors = 0
         if isinstance(action, Reply):
-            if "ENHANCEDSTATUSCODES" not in self.config.extensions:
+            if not self._has_status_codes:
                 action = Reply(action.code, "", action.text)
             self._log_reply(action)
             if action.code >= 400:
@@ -1256,8 +1258,8 @@ class Session:
         verb = line.partition(" ")[0].upper()
         if verb != "QUIT":
             self._last_verb = verb
-        # "AUTHPLAIN" is a typing error that may have a secret as its argument.
-        self._auth_seen = self._auth_seen or "AUTH" in line.partition(" ")[0].upper()
+        if "AUTH" in verb:  # "AUTHPLAIN" is a typing error that may have a secret as its argument
+            self._auth_seen = True
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s C: %s", self.peer, self._masked(line))
 
@@ -1355,12 +1357,7 @@ class Session:
             )
             self._state = self._discard
             return Close()
-        start = self._buffer[:40].decode("utf-8", "replace")
-        try:
-            line = self._read_line()
-        except SMTPError:
-            self._begin_command(f"{start}...")
-            raise
+        line = self._read_line()
         if line is None:
             return None
         if line.endswith(b"\r\n"):
@@ -1390,7 +1387,7 @@ class Session:
         raise SMTPError(500, "5.5.2", "Command not recognized")
 
     def _run_command(self, verb: str, argument: str) -> Action | None:
-        if "PIPELINING" not in self.config.extensions:
+        if not self._has_pipelining:
             self._warn_if_pipelined(f"the reply to {verb}")
         self._require_permission(verb)
         return _COMMANDS[verb](self, argument)
@@ -1418,6 +1415,7 @@ class Session:
         del self._buffer[:end]
         self._searched = 0
         if end > MAX_COMMAND_LENGTH:
+            self._begin_command(f"(line of over {MAX_COMMAND_LENGTH} octets)")
             raise SMTPError(500, "5.5.2", "Line too long")
         return line
 

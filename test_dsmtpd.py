@@ -1755,7 +1755,7 @@ REFUSALS: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, ["expn  x"], "EXPN  x refused: 502 5.5.1 Command not implemented"),
     ({}, ["x\x1by\x00"], "x\\x1by\\x00 refused: 500 5.5.2 Command not recognized"),
     ({}, [""], "empty line refused: 500 5.5.2 Command not recognized"),
-    ({}, ["NOOP", "X" * 20_000], f"{'X' * 40}... refused: 500 5.5.2 Line too long"),
+    ({}, ["NOOP", "X" * 20_000], "(line of over 12288 octets) refused: 500 5.5.2 Line too long"),
     ({}, [HELLO, "AUTH XYZ"], "AUTH XYZ refused: 504 5.5.4 Unknown authentication mechanism"),
     ({}, ["STARTTLS"], "STARTTLS refused: 502 5.5.1 TLS is not available (see --tls)"),
     ({}, ["GET / HTTP/1.1"], "GET / HTTP/1.1 refused: 421 4.7.0 HTTP request refused"),
