@@ -234,31 +234,37 @@ class Config:
     def _check_types(self) -> None:
         path = (str, os.PathLike, type(None))
         modes = f"one of {', '.join(TLS_MODES)}, or None"
-        checks: list[tuple[str, object, tuple[type, ...], str]] = [
-            ("interface", self.interface, (str,), "a string"),
-            ("port", self.port, (int,), "an integer"),
-            ("directory", self.directory, path, "a path or None"),
-            ("max_size", self.max_size, (int,), "an integer"),
-            ("smtputf8", self.smtputf8, (bool,), "True or False"),
-            ("tls", self.tls, (str, type(None)), modes),
-            ("cert", self.cert, path, "a path or None"),
-            ("key", self.key, path, "a path or None"),
-            ("strict", self.strict, (bool,), "True or False"),
-            ("reuse_port", self.reuse_port, (bool,), "True or False"),
-        ]
-        for name, value, types, expected in checks:
-            # bool is a subclass of int
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                raise TypeError(f"{name}: must be {expected}, not {value!r}")
-        lists = [("fail", self.fail), ("ignore", self.ignore), ("without", self.without)]
-        for name, texts in lists:
-            is_list = isinstance(texts, Iterable) and not isinstance(texts, str)
-            if not is_list or not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"{name}: must be a list of strings, not {texts!r}")
+        _require_type("interface", self.interface, (str,), "a string")
+        _require_type("port", self.port, (int,), "an integer")
+        _require_type("directory", self.directory, path, "a path or None")
+        _require_type("max_size", self.max_size, (int,), "an integer")
+        _require_type("smtputf8", self.smtputf8, (bool,), "True or False")
+        _require_type("tls", self.tls, (str, type(None)), modes)
+        _require_type("cert", self.cert, path, "a path or None")
+        _require_type("key", self.key, path, "a path or None")
+        _require_type("strict", self.strict, (bool,), "True or False")
+        _require_type("reuse_port", self.reuse_port, (bool,), "True or False")
+        _require_strings("fail", self.fail)
+        _require_strings("ignore", self.ignore)
+        _require_strings("without", self.without)
         if not isinstance(self.auth, Mapping) or not all(
             isinstance(text, str) for item in self.auth.items() for text in item
         ):
             raise TypeError("auth: must be a dictionary {user: password} of strings")
+
+
+def _require_type(name: str, value: object, types: tuple[type, ...], expected: str) -> None:
+    # bool is a subclass of int
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise TypeError(f"{name}: must be {expected}, not {value!r}")
+
+
+def _require_strings(name: str, texts: object) -> None:
+    is_valid = False
+    if isinstance(texts, Iterable) and not isinstance(texts, str):
+        is_valid = all(isinstance(text, str) for text in texts)
+    if not is_valid:
+        raise TypeError(f"{name}: must be a list of strings, not {texts!r}")
 
 
 if TYPE_CHECKING:
@@ -2285,25 +2291,21 @@ def listen(config: Config) -> list[socket.socket]:
 def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket.socket]:
     """Return a listening socket for each address whose family this machine supports."""
     sockets: list[socket.socket] = []
-    unsupported = OSError("no address")
-    with contextlib.ExitStack() as cleanup:
-        for family, (host, port, *scope) in addresses:
-            if sockets:
-                port = sockets[0].getsockname()[1]
-            try:
-                sock = socket.create_server(
-                    (host, port, *scope), family=family, reuse_port=reuse_port
-                )
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                unsupported = error
-                continue
-            cleanup.callback(sock.close)
-            sockets.append(sock)
-        if not sockets:
-            raise unsupported
-        cleanup.pop_all()  # keep them open
+    errors: list[OSError] = []
+    for family, (host, port, *scope) in addresses:
+        if sockets:
+            port = sockets[0].getsockname()[1]
+        address = (host, port, *scope)
+        try:
+            sockets.append(socket.create_server(address, family=family, reuse_port=reuse_port))
+        except OSError as error:
+            errors.append(error)
+    unsupported = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    failures = [error for error in errors if error.errno not in unsupported]
+    if failures or not sockets:
+        for sock in sockets:
+            sock.close()
+        raise (failures or errors)[0]
     return sockets
 
 
