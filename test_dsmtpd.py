@@ -3954,8 +3954,8 @@ def has_exited(pid: int) -> bool:
         ([], [], signal.SIGHUP, 128 + 1),
         (["child"], [], signal.SIGTERM, 128 + 15),
         (["ignore"], [], signal.SIGTERM, 128 + 9),
-        ([], ["--timeout", "2"], None, 128 + 15),
-        (["ignore", "child"], ["--timeout", "2"], None, 128 + 9),
+        ([], ["--timeout", "1"], None, 128 + 15),
+        (["ignore", "child"], ["--timeout", "1"], None, 128 + 9),
     ],
 )
 def test_signals_with_command(
