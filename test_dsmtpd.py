@@ -4435,6 +4435,7 @@ def test_jq_of_the_readme(welcome: Callable[[str, int], None]) -> None:
 
 
 @POSIX
+@pytest.mark.skipif(not shutil.which("find"), reason="needs find")
 def test_cleaning_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     files = [tmp_path / "mail" / folder / age for folder in ("new", "cur") for age in ("old", "6")]
