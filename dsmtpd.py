@@ -3221,6 +3221,7 @@ class _Program:
         self._config: Config = args.config
         self._output = output
         self._stop = asyncio.Event()
+        self._signal = ""  # the name of the last signal
         self._received = 0  # messages
         self._refused = 0  # commands and messages
         self._process: asyncio.subprocess.Process | None = None
@@ -3335,9 +3336,9 @@ class _Program:
         """Stop at the first signal, and end the program or kill the command at the second."""
         repeated = self._stop.is_set()
         self._stop.set()
+        self._signal = "SIGKILL" if repeated else signal.Signals(number).name
         if self._process is not None:
-            name = "SIGKILL" if repeated else signal.Signals(number).name
-            _signal_command(self._process, name)
+            _signal_command(self._process, self._signal)
         elif repeated:
             self._cleanup.close()  # removes the temporary Maildir
             signal.signal(number, signal.SIG_DFL)
@@ -3361,8 +3362,8 @@ class _Program:
         except OSError as error:
             log.error("Cannot run %s: %s", command[0], error)
             return 127
-        if self._stop.is_set():  # by a signal that arrived before the command was started
-            _signal_command(process, "SIGTERM")
+        if self._signal:  # it arrived while the command was being started
+            _signal_command(process, self._signal)
         self._process = process
         timed_out = await self._wait_for_process(process)
         status = await process.wait()
