@@ -132,7 +132,8 @@ QUIT_GRACE = 0.1
 # threads of their own.
 SLOW_DELIVERY = 0.01
 
-# Seconds that a handler has to return when the block of capture() ends.
+# Seconds that a handler has to return when the block of capture() ends, or when the program stops
+# because of --expect, --timeout or the end of the command.
 HANDLER_TIMEOUT = 10.0
 
 # Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
@@ -180,8 +181,8 @@ class Config:
     key: str | os.PathLike[str] | None = None
     """PEM file of the private key; None if the file of the certificate contains it."""
     auth: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
-    """{user: password} of the users who may log in. MAIL then requires a login. If it is
-    empty, every login succeeds and none is required."""
+    """{user: password} of the users who may log in. Sending then requires a login (RFC 4954
+    section 6). If it is empty, every login succeeds and none is required."""
     fail: Sequence[str] = ()
     """Failure rules in the syntax of parse_rule(); the first rule that matches applies."""
     strict: bool = False
@@ -1156,9 +1157,11 @@ SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login, "XOAUTH2": _sasl_
 
 def _is_mechanism(word: str) -> bool:
     """Return whether the word after AUTH is the name of a mechanism, not a secret in base64."""
+    if word.upper() in SASL_MECHANISMS:
+        return True
     # Base64 has both cases and a length that is a multiple of 4.
-    is_name = re.fullmatch("[A-Z0-9_-]{3,20}|[a-z0-9_-]{3,20}", word) is not None
-    return word.upper() in SASL_MECHANISMS or (is_name and ("-" in word or len(word) % 4 > 0))
+    is_name = re.fullmatch("[A-Z0-9_-]{3,20}", word) is not None
+    return is_name and ("-" in word or len(word) % 4 > 0)
 
 
 class Session:
@@ -2456,7 +2459,8 @@ class Server:
     config.directory before that. Without a directory, they are stored in the current directory
     if there is no handler, and not at all if there is one.
     on_message(envelope) is called in the event loop with each accepted message, before the
-    reply, and on_refusal(refusal) with each Refusal. Raises ValueError for an invalid option.
+    reply, and on_refusal(refusal) with each Refusal. Raises TypeError or ValueError for an
+    invalid option.
     """
 
     def __init__(

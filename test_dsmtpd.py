@@ -1798,6 +1798,11 @@ REFUSALS: list[tuple[dict[str, Any], list[str], str]] = [
     ),
     (
         {},
+        [HELLO, "AUTH hunter2"],
+        "AUTH *** refused: 504 5.5.4 Unknown authentication mechanism",
+    ),
+    (
+        {},
         [HELLO, "AUTH c2VjcmV0"],
         "AUTH *** refused: 504 5.5.4 Unknown authentication mechanism",
     ),
