@@ -828,9 +828,10 @@ def lint(content: bytes, mail_options: Mapping[str, str]) -> list[str]:
     warnings = []
     if not is_binary(mail_options):
         warnings += _lint_lines(content)
-    if "SMTPUTF8" not in mail_options and not header_section(content).isascii():
+    header = header_section(content)
+    if "SMTPUTF8" not in mail_options and not header.isascii():
         warnings.append(warning("utf8-header"))
-    return warnings + _lint_fields(content)
+    return warnings + _lint_fields(header[:FIELDS_SEARCH_SIZE])
 
 
 def _lint_lines(content: bytes) -> list[str]:
@@ -859,9 +860,8 @@ def _has_long_line(content: bytes) -> bool:
     return False
 
 
-def _lint_fields(content: bytes) -> list[str]:
+def _lint_fields(header: bytes) -> list[str]:
     """Return the warnings about the names of the header fields."""
-    header = header_section(content[:FIELDS_SEARCH_SIZE])
     names = _FIELD_NAME.findall(header.lower())
     distinct = set(names)
     warnings = [
@@ -1065,8 +1065,8 @@ class Transaction:
 
     def warn_about(self, address: str) -> None:
         """Add a warning about an address that not every server accepts."""
-        text = warning("address-syntax")
-        if "_" in address.rpartition("@")[2] and "@" in address and text not in self.warnings:
+        _, at, domain = address.rpartition("@")
+        if at and "_" in domain and (text := warning("address-syntax")) not in self.warnings:
             self.warnings.append(text)
 
 
@@ -1183,13 +1183,15 @@ class Session:
         self._has_pipelining = "PIPELINING" in config.extensions
         self._has_status_codes = "ENHANCEDSTATUSCODES" in config.extensions
         self._reserved = 0  # the part of shared.reserved that belongs to this session
+        self.closed = False
+        """Whether the session has ended, so that the connection is to be closed."""
         self._buffer = bytearray()
         self._searched = 0  # octets at the start of the buffer without a line end
         self._line_end = b"\r\n"  # the line end of the last command
         self._chunk_remaining = 0  # octets of the current BDAT chunk that have not arrived
         self._command = ""  # the last command line
         self._last_verb = ""  # of the last command but QUIT
-        self._envelope: Envelope | None = None  # the message that the last command ended
+        self._envelope: Envelope | None = None  # the message that waits for its reply
         self._refusal_detail = ""  # what the log says about the refusal of the last command
         self._messages = 0  # how many messages were accepted
         self._plaintext_login = False  # without TLS, although the server offers it
@@ -1220,27 +1222,38 @@ class Session:
             self._log_reply(reply)
         if not self._messages:
             self._log_no_message()
-        self.transaction = None
-        self._reserve(0)
+        self._drop_transaction()
 
     def _next_action(self) -> Action | None:
         try:
             action = self._state()
         except SMTPError as error:
             action = self._count_error(error.reply)
-        else:
-            is_refusal = isinstance(action, Reply) and action.code >= 400  # of a failure rule
-            if action is not None and not is_refusal:
-                self._errors = 0
         if isinstance(action, Reply):
-            if not self._has_status_codes:
-                action = Reply(action.code, "", action.text)
-            self._log_reply(action)
-            if action.code >= 400:
-                self._report_refusal(action)
-            if action.closes_connection:
-                self._state = self._discard
+            return self._finish_reply(action)
+        if isinstance(action, Close):
+            self._end()
         return action
+
+    def _finish_reply(self, reply: Reply) -> Reply:
+        """Log a reply, and return it as it is sent."""
+        if not self._has_status_codes:
+            reply = Reply(reply.code, "", reply.text)
+        self._log_reply(reply)
+        if reply.code < 400:
+            self._errors = 0
+        else:
+            self._report_refusal(reply)
+        if self._envelope is not None:  # the reply to a message: nothing needs its content now
+            self._envelope = None
+            self._reserve(0)
+        if reply.closes_connection:
+            self._end()
+        return reply
+
+    def _end(self) -> None:
+        self.closed = True
+        self._state = self._discard
 
     def _count_error(self, reply: Reply) -> Reply:
         """Return the reply to an error, or 421 after too many (RFC 5321 section 4.3.2)."""
@@ -1249,6 +1262,10 @@ class Session:
         if self._errors > MAX_ERRORS:
             return Reply(421, "4.7.0", "Too many errors")
         return reply
+
+    def _drop_transaction(self) -> None:
+        self.transaction = None
+        self._reserve(0)
 
     def _reserve(self, octets: int) -> None:
         """Set how much content this session holds in memory."""
@@ -1262,9 +1279,8 @@ class Session:
             for line in reply.encoded.decode().splitlines():
                 log.debug("%s S: %s", self.peer, line)
 
-    def _begin_command(self, line: str) -> None:
-        self._command, self._envelope, self._refusal_detail = line, None, ""
-        verb = line.partition(" ")[0].upper()
+    def _begin_command(self, line: str, verb: str = "") -> None:
+        self._command, self._refusal_detail = line, ""
         if verb != "QUIT":
             self._last_verb = verb
         if "AUTH" in verb:  # "AUTHPLAIN" is a typing error that may have a secret as its argument
@@ -1336,7 +1352,7 @@ class Session:
     def _send_greeting(self) -> Reply:
         self._command = ""
         self._warn_if_pipelined("the greeting")
-        self._state = self._read_command
+        self._state = self._read_first_command
         return GREETING
 
     def _reject_command(self) -> Reply | None:
@@ -1355,17 +1371,20 @@ class Session:
 
     # Command lines
 
-    def _read_command(self) -> Action | None:
-        # Content counts until its delivery has ended.
-        if self.transaction is None:
-            self._reserve(0)
-        if self._buffer.startswith(_TLS_HANDSHAKE):
+    def _read_first_command(self) -> Action | None:
+        """State: recognize a client that expects TLS."""
+        if _TLS_HANDSHAKE.startswith(bytes(self._buffer[: len(_TLS_HANDSHAKE)])):
+            if len(self._buffer) < len(_TLS_HANDSHAKE):
+                return None
             log.warning(
                 "%s: TLS on a plain connection; use --tls implicit, or STARTTLS in the client",
                 self.peer,
             )
-            self._state = self._discard
             return Close()
+        self._state = self._read_command
+        return self._read_command()
+
+    def _read_command(self) -> Action | None:
         line = self._read_line()
         if line is None:
             return None
@@ -1375,10 +1394,11 @@ class Session:
             self._line_end = b"\n"
             self._warn(warning("bare-lf", "after a command"))
         text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" \t")
-        self._begin_command(text)
         verb, _, argument = text.partition(" ")
         # str.upper() converts some letters outside ASCII to ASCII letters.
-        return self._execute(verb.upper() if verb.isascii() else "", argument.lstrip(" "))
+        verb = verb.upper() if verb.isascii() else ""
+        self._begin_command(text, verb)
+        return self._execute(verb, argument.lstrip(" "))
 
     def _execute(self, verb: str, argument: str) -> Action | None:
         extension = _COMMAND_EXTENSIONS.get(verb)
@@ -1510,7 +1530,7 @@ class Session:
         """State: discard the octets of a refused chunk; they are not commands."""
         # The message lacks this chunk. Before RCPT, BDAT is an error that changes nothing.
         if self.transaction is not None and self.transaction.rcpt_tos:
-            self.transaction = None
+            self._drop_transaction()
         skipped = min(self._chunk_remaining, len(self._buffer))
         del self._buffer[:skipped]
         self._chunk_remaining -= skipped
@@ -1609,8 +1629,7 @@ class Session:
     def _set_helo(self, verb: str, argument: str) -> None:
         if not _HELO_ARGUMENT.fullmatch(argument):
             raise SMTPError(501, "5.5.4", f"Syntax: {verb} hostname")
-        # RFC 5321 section 4.1.4: both commands reset the transaction.
-        self.transaction = None
+        self._drop_transaction()  # RFC 5321 section 4.1.4
         self.helo = argument
 
     def _mail(self, argument: str) -> Reply:
@@ -1707,7 +1726,7 @@ class Session:
 
     def _rset(self, argument: str) -> Reply:
         _require_no_argument(argument)
-        self.transaction = None
+        self._drop_transaction()
         return OK
 
     def _noop(self, argument: str) -> Reply:
@@ -1739,7 +1758,8 @@ class Session:
         """State: start again; the client must send EHLO again (RFC 3207 section 4.2)."""
         self._buffer.clear()
         self.tls = True
-        self.helo = self.user = self.transaction = None
+        self._drop_transaction()
+        self.helo = self.user = None
         self._plaintext_login = False
         self._state = self._read_command
         return StartTLS()
@@ -2089,32 +2109,28 @@ class Connection:
             await self._perform(StartTLS())
         data = b""  # the first call of receive() yields the greeting
         while True:
-            replied = False
-            for action in self._session.receive(data, time.time()):
-                if isinstance(action, Reply):
-                    replied = True
-                    await self._queue(action)
-                    if action.closes_connection:
-                        return
-                elif isinstance(action, Close):
-                    return
-                else:
-                    await self._flush()
-                    await self._perform(action)
-            await self._flush()
-            if not replied:
-                self._acknowledge_quickly()
-            if self._final_reply is not None:  # interrupted during a delivery
+            await self._process(data)
+            if self._session.closed or self._final_reply is not None:
                 return
             data = await self._reader.read(READ_SIZE)
             if not data:
                 return
             self.last_activity = self._loop.time()
 
-    async def _queue(self, reply: Reply) -> None:
-        self._unsent += reply.encoded
-        if len(self._unsent) >= READ_SIZE:
+    async def _process(self, data: bytes) -> None:
+        """Feed the session, and perform its actions."""
+        for action in self._session.receive(data, time.time()):
+            if isinstance(action, Reply):
+                self._unsent += action.encoded
+                if len(self._unsent) >= READ_SIZE:
+                    await self._flush()
+            else:
+                await self._flush()
+                await self._perform(action)
+        if self._unsent:
             await self._flush()
+        else:
+            self._acknowledge_quickly()
 
     def _acknowledge_quickly(self) -> None:
         """Have the system acknowledge at once what the client has sent.
