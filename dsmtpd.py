@@ -2479,6 +2479,19 @@ class Server:
     invalid option.
     """
 
+    config: Config
+    handler: Handler | None
+    host: str
+    """The first address that the server listens on."""
+    port: int
+    """The port, known once the server has started."""
+    addresses: list[tuple[str, int]]
+    """All addresses that the server listens on, with their ports."""
+    maildir: MaildirStore | None
+    """Where messages are stored, once the server has started; None if they are not."""
+    cafile: str | None
+    """The temporary certificate, for clients that verify it; it exists while the server runs."""
+
     def __init__(
         self,
         config: Config | None = None,
@@ -2489,21 +2502,14 @@ class Server:
         on_refusal: Callable[[Refusal], object] | None = None,
         **options: Unpack[Options],
     ) -> None:
-        self.config = with_options(config or Config(), options)
-        self.host = self.config.interface
-        """The first address that the server listens on."""
-        self.port = self.config.port
-        """The port, known once the server has started."""
-        self.addresses: list[tuple[str, int]] = []
-        """All addresses that the server listens on, with their ports."""
-        self.maildir: MaildirStore | None = None
-        """Where messages are stored, once the server has started; None if they are not."""
-        self.cafile: str | None = None
-        """The temporary certificate, for clients that verify it; it exists while the server
-        runs."""
         if handler is not None and not callable(handler):
             raise TypeError(f"handler: must be callable, not {handler!r}")
+        self.config = with_options(config or Config(), options)
         self.handler = handler
+        self.host, self.port = self.config.interface, self.config.port
+        self.addresses = []
+        self.maildir = None
+        self.cafile = None
         self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
@@ -2903,16 +2909,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     end_of_options = argv.index("--") if "--" in argv else len(argv)
     parser = _make_parser()
     args, unknown = parser.parse_known_args(argv[:end_of_options])
-    if unknown and not unknown[0].startswith("-"):
-        parser.error(f"unexpected argument {unknown[0]}; a command goes after --")
     if unknown:
-        parser.error(f"unknown option {unknown[0]}")
+        parser.error(_unknown_argument(unknown[0]))
     args.auth = dict(args.auth)
     args.command = argv[end_of_options + 1 :]
     if end_of_options < len(argv) and not (args.command and args.command[0]):
         parser.error("expected a command after --, such as: dsmtpd -p 0 -- pytest")
-    if args.expect is not None and args.expect < 0:
-        parser.error(f"argument --expect: must be 0 or more, not {args.expect}")
     options = vars(args)  # each field of Config is the name of an option
     try:
         args.config = Config(**{item.name: options[item.name] for item in fields(Config)})
@@ -2920,6 +2922,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --{error}")
     return args
 
+
+def _unknown_argument(text: str) -> str:
+    if text.startswith("-"):
+        return f"unknown option {text}"
+    return f"unexpected argument {text}; a command goes after --"
+
+
+_REPEATABLE: Any = {"action": "append", "default": []}
 
 _EXAMPLES = """\
 Examples:
@@ -2992,8 +3002,7 @@ def _add_message_options(group: argparse._ArgumentGroup) -> None:
         "--ignore",
         metavar="NAME",
         choices=list(WARNINGS),
-        action="append",
-        default=[],
+        **_REPEATABLE,
         help="Do not give warnings of this name; repeatable.",
     )
 
@@ -3011,8 +3020,7 @@ def _add_protocol_options(group: argparse._ArgumentGroup) -> None:
         "--auth",
         metavar="USER:PASSWORD",
         type=_credentials,
-        action="append",
-        default=[],
+        **_REPEATABLE,
         help="Require this login; repeatable. Without it, any login succeeds.",
     )
     add(
@@ -3020,8 +3028,7 @@ def _add_protocol_options(group: argparse._ArgumentGroup) -> None:
         metavar="KEYWORD",
         type=str.upper,
         choices=EXTENSIONS,
-        action="append",
-        default=[],
+        **_REPEATABLE,
         help="Do not offer this extension, such as CHUNKING; repeatable.",
     )
     add(
@@ -3038,8 +3045,7 @@ def _add_testing_options(group: argparse._ArgumentGroup) -> None:
         "--fail",
         metavar="RULE",
         type=_rule,
-        action="append",
-        default=[],
+        **_REPEATABLE,
         help="Make a command or a message fail; repeatable. RULE is 'VERB GLOB [xN] ACTION'."
         " VERB is CONNECT, a command, or . for a message. ACTION is CODE [x.y.z] [text] [drop],"
         " delay SECONDS, drop or ok.",
@@ -3047,7 +3053,7 @@ def _add_testing_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--expect",
         metavar="N",
-        type=_integer,
+        type=_count,
         help="Exit with status 1 if fewer than N messages arrive, or, with 0, if any does."
         " Without a COMMAND, stop after N messages.",
     )
@@ -3094,6 +3100,12 @@ def _integer(text: str) -> int:
     if not re.fullmatch("-?[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError(f"must be an integer such as 1025, not {text}")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if (number := _integer(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return number
 
 
 def _seconds(text: str) -> float:
