@@ -32,6 +32,7 @@ import logging
 import mailbox
 import operator
 import os
+import queue
 import re
 import signal
 import socket
@@ -135,6 +136,16 @@ SLOW_DELIVERY = 0.01
 # Seconds that a handler has to return when the block of capture() ends, or when the program stops
 # because of --expect, --timeout or the end of the command.
 HANDLER_TIMEOUT = 10.0
+
+# Seconds without progress after which a delivery and the end of the program do not wait any
+# longer for an output that nobody reads.
+OUTPUT_TIMEOUT = 2.0
+
+# Octets of messages and events that may wait for such an output.
+MAX_WAITING_OUTPUT = 64 * 1024 * 1024
+
+# Characters of each part of a message that --print shows.
+MAX_PRINTED_LENGTH = 100_000
 
 # Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
 KILL_TIMEOUT = 5.0
@@ -804,7 +815,11 @@ WARNINGS = {
 }
 
 # RFC 5322 section 3.6
-_REQUIRED_FIELDS = ["Date", "From", "Message-ID"]
+_REQUIRED_FIELDS = {
+    b"date": "missing-date",
+    b"from": "missing-from",
+    b"message-id": "missing-message-id",
+}
 _UNIQUE_FIELDS = (
     "Date From Sender Reply-To To Cc Bcc Message-ID In-Reply-To References Subject".split()
 )
@@ -864,11 +879,7 @@ def _lint_fields(header: bytes) -> list[str]:
     """Return the warnings about the names of the header fields."""
     names = _FIELD_NAME.findall(header.lower())
     distinct = set(names)
-    warnings = [
-        warning(f"missing-{name.lower()}")
-        for name in _REQUIRED_FIELDS
-        if name.lower().encode() not in distinct
-    ]
+    warnings = [warning(name) for field, name in _REQUIRED_FIELDS.items() if field not in distinct]
     if len(names) > len(distinct):
         warnings += [
             warning("duplicate-field", name)
@@ -1113,8 +1124,12 @@ class SharedState:
         name = "message" if refusal.verb == "." else refusal.verb
         command = f"{name} {refusal.argument}".strip() or "empty line"
         log.warning("%s: %s refused: %s%s", refusal.peer, command, refusal.reply, detail)
-        if self.on_refusal is not None:
+        if self.on_refusal is None:
+            return
+        try:
             self.on_refusal(refusal)
+        except Exception:  # the client gets its reply all the same
+            log.exception("%s: on_refusal failed", refusal.peer)
 
 
 # The state of a session: the method that consumes the next input. It takes one unit off the
@@ -2474,9 +2489,9 @@ class Server:
     if it raises SMTPError, and 451 for any other exception. Messages are stored in
     config.directory before that. Without a directory, they are stored in the current directory
     if there is no handler, and not at all if there is one.
-    on_message(envelope) is called in the event loop with each accepted message, before the
-    reply, and on_refusal(refusal) with each Refusal. Raises TypeError or ValueError for an
-    invalid option.
+    on_message(envelope), plain or async, is called in the event loop with each accepted message,
+    before the reply, and on_refusal(refusal) with each Refusal. Raises TypeError or ValueError
+    for an invalid option.
     """
 
     config: Config
@@ -2498,7 +2513,7 @@ class Server:
         /,
         *,
         handler: Handler | None = None,
-        on_message: Callable[[Envelope], object] | None = None,
+        on_message: Handler | None = None,
         on_refusal: Callable[[Refusal], object] | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -2644,13 +2659,18 @@ class Server:
             log.exception("%s: Cannot deliver the message", envelope.peer)
             return DELIVERY_FAILED
         if self._on_message is not None:
-            try:
-                self._on_message(envelope)
-            except Exception:  # the message is delivered: the client must not send it again
-                log.exception("%s: on_message failed", envelope.peer)
+            await self._notify(self._on_message, envelope)
         if log.isEnabledFor(logging.INFO):
             log.info("%s: %s", envelope.peer, envelope.summary())
         return MESSAGE_ACCEPTED
+
+    async def _notify(self, on_message: Handler, envelope: Envelope) -> None:
+        try:
+            result = on_message(envelope)
+            if inspect.isawaitable(result):
+                await result
+        except Exception:  # the message is delivered: the client must not send it again
+            log.exception("%s: on_message failed", envelope.peer)
 
     async def _call_handler(self, handler: Handler, envelope: Envelope) -> None:
         if self._handler_is_async:
@@ -3136,17 +3156,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
             args.config = replace(args.config, directory=directory)
-        output = _Output(sys.stdout, "standard output")
-        path = args.json or args.print or "-"
-        if path != "-":
-            try:
-                file = _open_output(path, "{" if args.json else _MESSAGE_START)
-            except OSError as error:
-                log.error("Cannot start: cannot write to %s: %s", path, error.strerror or error)
-                sys.exit(2)
-            output = _Output(stack.enter_context(file), path)
         try:
-            status = asyncio.run(_Program(args, output, stack).run())
+            status = asyncio.run(_Program(args, stack).run())
         except KeyboardInterrupt:  # before the server has started
             status = 0
     # A zipapp ignores what main() returns.
@@ -3203,35 +3214,108 @@ def _raise_file_limit(count: int) -> None:
 _MESSAGE_START = "---------- MESSAGE FOLLOWS ----------"
 
 
-def _open_output(path: str, start: str) -> TextIO:
+def _open_output(path: str, start: str) -> TextIO | None:
     """Open a file for the output. Raises OSError also if it is a file with another start."""
+    if path == "-":
+        return _open_stdout()
     if os.path.isfile(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             if file.read(len(start)) not in ("", start):
                 raise OSError("it has other content; a command goes after --")
-    return open(path, "w", encoding="utf-8")
+    return open(path, "w", encoding="utf-8", errors="backslashreplace")
+
+
+def _open_stdout() -> TextIO | None:
+    """Return a file that writes to standard output; None if that was closed before the start.
+
+    It is not sys.stdout, because Python flushes that when the program ends, and would wait for a
+    thread that writes to it.
+    """
+    try:
+        descriptor = os.dup(sys.stdout.fileno())
+    except (AttributeError, OSError):  # closed, or replaced by an object without a descriptor
+        return sys.stdout
+    return open(descriptor, "w", encoding=sys.stdout.encoding, errors="backslashreplace")
 
 
 class _Output:
-    """A text file, or standard output, which is None if it was closed before the start."""
+    """Writes to a file in a thread, so that a file that nobody reads delays nothing else."""
 
     def __init__(self, file: TextIO | None, name: str) -> None:
         self._file = file
         self._name = name
+        self._loop = asyncio.get_running_loop()
+        self._queue: queue.SimpleQueue[tuple[Callable[[], str], int, asyncio.Future[None]] | None]
+        self._queue = queue.SimpleQueue()
+        self._waiting = 0  # octets that are not written yet
+        self._is_read = True
+        self._closed = self._loop.create_future()
+        # A daemon does not keep the program from ending.
+        threading.Thread(target=self._run, name="dsmtpd output", daemon=True).start()
 
-    def write(self, text: str) -> None:
-        """Write and flush; do nothing once that has failed."""
-        if self._file is None:
+    def put(self, get_text: Callable[[], str], size: int) -> asyncio.Future[None]:
+        """Have the thread write what get_text() returns, which has about size octets.
+
+        The result of the future is set when it is written, or lost because too much waits.
+        """
+        written = self._loop.create_future()
+        if self._waiting and self._waiting + size > MAX_WAITING_OUTPUT:
+            log.warning("Nobody reads %s: an event is lost", self._name)
+            written.set_result(None)
+        else:
+            self._waiting += size
+            self._queue.put((get_text, size, written))
+        return written
+
+    async def write(self, get_text: Callable[[], str], size: int) -> None:
+        """Do the same, and wait until it is written, unless nobody reads the file."""
+        written = self.put(get_text, size)
+        if self._is_read:
+            await asyncio.wait([written], timeout=OUTPUT_TIMEOUT)
+            self._is_read = written.done()
+
+    async def close(self) -> None:
+        """Close the file when all is written. What nobody reads is lost."""
+        self._queue.put(None)
+        while not self._closed.done():
+            waiting = self._waiting
+            await asyncio.wait([self._closed], timeout=OUTPUT_TIMEOUT)
+            if not self._closed.done() and self._waiting == waiting:
+                log.error("Nobody reads %s: the rest of the output is lost", self._name)
+                return
+
+    def _run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            while (item := self._queue.get()) is not None:
+                get_text, size, written = item
+                self._write_text(get_text)
+                self._loop.call_soon_threadsafe(self._on_written, size, written)
+            self._close_file()
+            self._loop.call_soon_threadsafe(self._closed.set_result, None)
+
+    def _write_text(self, get_text: Callable[[], str]) -> None:
+        if self._file is None:  # writing has failed
             return
-        encoding = self._file.encoding or "utf-8"
         try:
-            self._file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._file.write(get_text())
             self._file.flush()
         except OSError as error:
             log.warning("Cannot write to %s: %s", self._name, error)
-            if self._file is sys.stdout:  # Python flushes it again when the program ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
-            self._file = None
+            self._close_file()
+        except Exception:
+            log.exception("Cannot write to %s", self._name)
+
+    def _close_file(self) -> None:
+        if self._file is not None and self._file is not sys.stdout:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
+
+    def _on_written(self, size: int, written: asyncio.Future[None]) -> None:
+        self._waiting -= size
+        self._is_read = True
+        if not written.done():
+            written.set_result(None)
 
 
 class _StartError(Exception):
@@ -3245,13 +3329,11 @@ class _StartError(Exception):
 class _Program:
     """One run of the program: the server, its output, and the command after "--"."""
 
-    def __init__(
-        self, args: argparse.Namespace, output: _Output, cleanup: contextlib.ExitStack
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, cleanup: contextlib.ExitStack) -> None:
         self._args = args
         self._cleanup = cleanup
         self._config: Config = args.config
-        self._output = output
+        self._output: _Output | None = None
         self._stop = asyncio.Event()
         self._signal = ""  # the name of the last signal
         self._received = 0  # messages
@@ -3276,6 +3358,8 @@ class _Program:
         limited = self._args.command or self._args.expect is not None or self._args.timeout
         try:
             await asyncio.wait_for(server.close(), HANDLER_TIMEOUT if limited else None)
+            if self._output is not None:
+                await self._output.close()
         except asyncio.TimeoutError:
             name = self._args.handler
             log.error("The handler %s has not returned for %g s", name, HANDLER_TIMEOUT)
@@ -3301,9 +3385,20 @@ class _Program:
         )
         try:
             await server.start(sockets)
+            if self._args.json or self._args.print:
+                self._output = self._start_output(self._args.json or self._args.print)
         except (OSError, ValueError, mailbox.Error) as error:
+            await server.close()
             raise _StartError(2, f"Cannot start: {error}") from error
         return server
+
+    def _start_output(self, path: str) -> _Output:
+        name = "standard output" if path == "-" else path
+        try:
+            return _Output(_open_output(path, "{" if self._args.json else _MESSAGE_START), name)
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
+            reason = error.strerror if isinstance(error, OSError) else None
+            raise ValueError(f"cannot write to {name}: {reason or error}") from error
 
     def _check_expectation(self, server: Server) -> int:
         """Return the exit status, and log why it is not 0."""
@@ -3331,38 +3426,35 @@ class _Program:
         if server.maildir is not None:
             log.info("Storing the incoming emails into %s", server.maildir.path)
             log.info("Found a Maildir storage with %s mails", server.maildir.count())
-        if self._args.json:
-            for host, port in server.addresses:
-                self._write_event("listening", host=host, port=port, version=__version__)
+        for host, port in server.addresses:
+            self._put_event("listening", host=host, port=port, version=__version__)
 
-    def _on_message(self, envelope: Envelope) -> None:
+    async def _on_message(self, envelope: Envelope) -> None:
         self._received += 1
         expected = self._args.expect
         if expected is not None and self._received >= expected and not self._args.command:
             self._stop.set()
-        if self._args.json:
-            self._write_event("message", **_as_json(envelope))
-        if self._args.print:
-            self._output.write(_as_text(envelope))
+        if self._output is not None:
+            get_text = partial(_message_event if self._args.json else _as_text, envelope)
+            await self._output.write(get_text, len(envelope.content))
 
     def _on_refusal(self, refusal: Refusal) -> None:
         self._refused += 1
-        if self._args.json:
-            self._write_event(
-                "refused",
-                time=refusal.time.isoformat(),
-                peer=refusal.peer,
-                verb=refusal.verb,
-                argument=refusal.argument,
-                code=refusal.reply.code,
-                status=refusal.reply.status,
-                text=refusal.reply.text,
-            )
+        self._put_event(
+            "refused",
+            time=refusal.time.isoformat(),
+            peer=refusal.peer,
+            verb=refusal.verb,
+            argument=refusal.argument,
+            code=refusal.reply.code,
+            status=refusal.reply.status,
+            text=refusal.reply.text,
+        )
 
-    def _write_event(self, event: str, **values: object) -> None:
-        import json
-
-        self._output.write(json.dumps({"event": event, **values}) + "\n")
+    def _put_event(self, event: str, **values: object) -> None:
+        if self._output is not None and self._args.json:
+            text = _json_line(event, **values)
+            self._output.put(lambda: text, len(text))
 
     def _on_signal(self, number: int) -> None:
         """Stop at the first signal, and end the program or kill the command at the second."""
@@ -3521,31 +3613,38 @@ def _on_signals(callback: Callable[[int], object]) -> None:
         signal.signal(number, on_signal)
 
 
-def _as_json(envelope: Envelope) -> dict[str, object]:
-    """Return the values of a message event."""
-    path = envelope.path and os.fsencode(envelope.path).decode("utf-8", "replace")
-    return {
-        "time": envelope.received.isoformat(),
-        "peer": envelope.peer,
-        "helo": envelope.helo,
-        "tls": envelope.tls,
-        "user": envelope.user,
-        "mail_from": envelope.mail_from,
-        "mail_options": envelope.mail_options,
-        "rcpt_tos": envelope.rcpt_tos,
-        "rcpt_options": envelope.rcpt_options,
-        "subject": envelope.subject,
-        "text": envelope.text,
-        "html": envelope.html,
-        "links": envelope.links,
-        "attachments": [
-            {"name": item.name, "type": item.type, "size": len(item.content)}
-            for item in envelope.attachments
-        ],
-        "size": len(envelope.content),
-        "warnings": envelope.warnings,
-        "path": path,
-    }
+def _json_line(event: str, **values: object) -> str:
+    import json
+
+    return json.dumps({"event": event, **values}) + "\n"
+
+
+def _message_event(envelope: Envelope) -> str:
+    """Return a message as a line of JSON."""
+    attachments = [
+        {"name": item.name, "type": item.type, "size": len(item.content)}
+        for item in envelope.attachments
+    ]
+    return _json_line(
+        "message",
+        time=envelope.received.isoformat(),
+        peer=envelope.peer,
+        helo=envelope.helo,
+        tls=envelope.tls,
+        user=envelope.user,
+        mail_from=envelope.mail_from,
+        mail_options=envelope.mail_options,
+        rcpt_tos=envelope.rcpt_tos,
+        rcpt_options=envelope.rcpt_options,
+        subject=envelope.subject,
+        text=envelope.text,
+        html=envelope.html,
+        links=envelope.links,
+        attachments=attachments,
+        size=len(envelope.content),
+        warnings=envelope.warnings,
+        path=envelope.path and os.fsencode(envelope.path).decode("utf-8", "replace"),
+    )
 
 
 # Invisible characters that HTML messages contain for their layout
@@ -3554,26 +3653,30 @@ _LAYOUT_CHARACTERS = dict.fromkeys(map(ord, "\u00ad\u034f\u200b\u200c\u200d\ufef
 
 def _as_text(envelope: Envelope) -> str:
     """Return a message for a person, with control characters escaped."""
-    text = envelope.text or parse_html(envelope.html)[0]
     header = {name: envelope.email[name] for name in ("From", "To", "Cc", "Reply-To", "Date")}
-    lines = [
-        *(f"{name}: {value}" for name, value in header.items() if value is not None),
-        f"Subject: {envelope.subject}",
-        f"Envelope: {envelope.mail_from} -> {', '.join(envelope.rcpt_tos)}",
-        "",
-        *text.strip("\n").rstrip().replace("\xa0", " ").translate(_LAYOUT_CHARACTERS).split("\n"),
+    fields = [f"{name}: {value}" for name, value in header.items() if value is not None]
+    fields.append(f"Subject: {envelope.subject}")
+    fields.append(f"Envelope: {envelope.mail_from} -> {', '.join(envelope.rcpt_tos)}")
+    text = envelope.text or parse_html(envelope.html)[0]
+    if "\0" in text:
+        text = f"({len(text)} bytes of binary content)"
+    text = _shorten(text.strip("\n").rstrip())
+    text = text.replace("\xa0", " ").translate(_LAYOUT_CHARACTERS)
+    links = ["Links:", *(f"  {url}" for url in envelope.links)]
+    attachments = ["Attachments:"] + [
+        f"  {item.name or 'unnamed'} ({item.type}, {len(item.content)} bytes)"
+        for item in envelope.attachments
     ]
-    if envelope.links:
-        lines += ["", "Links:", *(f"  {url}" for url in envelope.links)]
-    if envelope.attachments:
-        lines += ["", "Attachments:"]
-        lines += [
-            f"  {item.name or 'unnamed'} ({item.type}, {len(item.content)} bytes)"
-            for item in envelope.attachments
-        ]
-    rows = ["\t".join(map(escape_unprintable, line.split("\t"))) for line in lines]
-    first, last = _MESSAGE_START, "------------ END MESSAGE ------------"
-    return "\n".join([first, *rows, last, ""])
+    parts = [_shorten("\n".join(fields)), text]
+    parts += [_shorten("\n".join(lines)) for lines in (links, attachments) if len(lines) > 1]
+    rows = "\n\n".join(parts).split("\n")
+    rows = ["\t".join(map(escape_unprintable, row.split("\t"))) for row in rows]
+    return "\n".join([_MESSAGE_START, *rows, "------------ END MESSAGE ------------", ""])
+
+
+def _shorten(text: str) -> str:
+    rest = len(text) - MAX_PRINTED_LENGTH
+    return f"{text[:MAX_PRINTED_LENGTH]}\n({rest} more characters)" if rest > 0 else text
 
 
 if __name__ == "__main__":

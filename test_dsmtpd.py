@@ -3689,7 +3689,13 @@ def test_credentials_do_not_depend_on_the_locale(tmp_path: Path) -> None:
 def test_output_without_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.StringIO()
     monkeypatch.setattr(sys, "stdout", output)
-    dsmtpd._Output(sys.stdout, "standard output").write("Grüße\n")
+
+    async def scenario() -> None:
+        written = dsmtpd._Output(dsmtpd._open_stdout(), "standard output")
+        await written.write(lambda: "Grüße\n", 10)
+        await written.close()
+
+    run(scenario)
     assert output.getvalue() == "Grüße\n"
 
 
@@ -4184,6 +4190,66 @@ def test_json_flush_and_closed_pipe(tmp_path: Path) -> None:
     assert status == 0
     assert text.count("WARNING: Cannot write to standard output: ") == 1
     assert len(mailbox.Maildir(tmp_path / "mail")) == 4
+
+
+@POSIX
+@pytest.mark.parametrize("option", ["--json", "--print"])
+def test_output_that_nobody_reads(option: str, tmp_path: Path) -> None:
+    """Messages are stored all the same, and the program ends at a signal."""
+    code = "import sys, dsmtpd; dsmtpd.OUTPUT_TIMEOUT = 0.2; dsmtpd.main(sys.argv[1:])"
+    content = f"{CLEAN}\r\n" + "Hello!\r\n" * 20_000  # more than a pipe holds
+    source, target = os.pipe()
+    options: dict[str, Any] = {"cwd": HERE, "program": ("-c", code), "stdout": target}
+    try:
+        with process(option, "-d", tmp_path / "mail", **options) as server:
+            with smtplib.SMTP("127.0.0.1", server.port, timeout=10) as client:
+                for _ in range(3):
+                    client.sendmail("a@b", ["c@d"], content)
+            status, text = server.stop()
+    finally:
+        os.close(source)
+        os.close(target)
+    assert status == 0
+    assert "ERROR: Nobody reads standard output: the rest of the output is lost" in text
+    assert len(mailbox.Maildir(tmp_path / "mail")) == 3
+
+
+def test_too_much_output(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What would exceed the limit is lost; the event loop does not wait for a text."""
+    monkeypatch.setattr(dsmtpd, "MAX_WAITING_OUTPUT", 10)
+    release = threading.Event()
+
+    class File(io.StringIO):
+        def close(self) -> None:
+            """Keep the value."""
+
+    file = File()
+
+    async def scenario() -> None:
+        output = dsmtpd._Output(file, "the file")
+        output.put(lambda: f"first {release.wait(20)} ", 1)
+        assert output.put(lambda: "lost ", 10).done()
+        last = asyncio.create_task(output.write(lambda: "last", 9))
+        await asyncio.sleep(0)
+        release.set()
+        await last
+        await output.close()
+
+    run(scenario)
+    assert file.getvalue() == "first True last"
+    assert "Nobody reads the file: an event is lost" in caplog.text
+
+
+def test_print_of_long_and_binary_content() -> None:
+    limit = dsmtpd.MAX_PRINTED_LENGTH
+    printed = dsmtpd._as_text(envelope(content=b"\r\n" + b"\x01" * (limit + 5)))
+    assert "\\x01" * limit + "\n(5 more characters)\n" in printed
+    printed = dsmtpd._as_text(envelope(content=b"\r\nab\0cd"))
+    assert "\n(5 bytes of binary content)\n" in printed
+    urls = b" ".join(b"https://example.com/%d" % number for number in range(10_000))
+    printed = dsmtpd._as_text(envelope(content=b"Subject: " + b"s" * limit + b"\r\n\r\n" + urls))
+    assert len(printed) < 4 * limit
+    assert printed.count("more characters)") == 2
 
 
 def test_json_refusals_to_a_file(tmp_path: Path) -> None:
