@@ -343,12 +343,17 @@ class Reply:
         return self.code in (221, 421)
 
 
+DELIVERY_FAILED = Reply(451, "4.3.0", "Cannot accept the message, try again later")
+
+
 class SMTPError(Exception):
     """Raised to refuse a command or a message; `reply` is the Reply to send.
 
     code is from 400 to 599. status is an enhanced status code of the same class (RFC 3463).
     Raises ValueError if one of them is invalid.
     """
+
+    reply = DELIVERY_FAILED  # for a subclass that does not call __init__()
 
     def __init__(self, code: int, status: str, text: str) -> None:
         if code // 100 not in (4, 5) or not re.fullmatch(
@@ -369,7 +374,6 @@ SENDER_OK = Reply(250, "2.1.0", "Sender OK")
 RECIPIENT_OK = Reply(250, "2.1.5", "Recipient OK")
 START_CONTENT = Reply(354, "", "End data with <CR><LF>.<CR><LF>")
 MESSAGE_ACCEPTED = Reply(250, "2.0.0", "Message accepted")
-DELIVERY_FAILED = Reply(451, "4.3.0", "Cannot accept the message, try again later")
 READY_FOR_TLS = Reply(220, "2.0.0", "Ready to start TLS")
 LOGIN_SUCCEEDED = Reply(235, "2.7.0", "Authentication successful")
 CANNOT_VERIFY = Reply(252, "2.5.0", "Cannot VRFY the address, but will accept messages for it")
@@ -2415,8 +2419,10 @@ class StoragePool:
     One thread stores the waiting messages one after another, because several would contend
     with the event loop for the interpreter lock at every system call. If a timer expires
     before the thread has finished, a message is slow, and each message that waits gets a
-    thread of its own. Invariant: while messages wait, the timer runs. Results are set
-    together, so that the event loop wakes up once.
+    thread of its own, as far as the system has threads. Invariant: while messages wait, the timer
+    runs. Results are set together, so that the event loop wakes up once.
+
+    threads has at least one thread.
     """
 
     def __init__(
@@ -2424,6 +2430,7 @@ class StoragePool:
     ) -> None:
         self._store = store
         self._threads = threads
+        self._lacks_threads = False
         self._waiting: deque[tuple[Envelope, asyncio.Future[Path]]] = deque()
         self._stored: deque[tuple[asyncio.Future[Path], Path | Exception]] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -2439,8 +2446,13 @@ class StoragePool:
     def _start_threads(self, count: int) -> None:
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(SLOW_DELIVERY, self._on_timer)
-        for _ in range(count):
-            self._threads.submit(self._store_waiting, loop)
+        try:
+            for _ in range(count):
+                self._threads.submit(self._store_waiting, loop)
+        except RuntimeError as error:  # the threads that run will do it
+            if not self._lacks_threads:
+                log.warning("Storing messages with fewer threads: %s", error)
+            self._lacks_threads = True
 
     def _store_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
         """Run in a thread: store messages until none is left."""
@@ -2539,7 +2551,7 @@ class Server:
         """Listen on the addresses of the config, or on sockets that listen already.
 
         Raises OSError if it cannot listen, ValueError for a host name or a certificate that
-        cannot be used, and what MaildirStore raises.
+        cannot be used, RuntimeError if no thread can be started, and what MaildirStore raises.
         """
         with contextlib.ExitStack() as cleanup:
             sockets = sockets or listen(self.config)
@@ -2557,7 +2569,10 @@ class Server:
             if cert is not None:
                 self._tls_context = make_tls_context(cert, key)
             if self.handler is None or self.config.directory is not None:
-                self.maildir = MaildirStore(self.config.directory)
+                # This starts the first thread; later, the system may have none.
+                self.maildir = await asyncio.get_running_loop().run_in_executor(
+                    self._threads, MaildirStore, self.config.directory
+                )
                 self._pool = StoragePool(self.maildir.store, self._threads)
             for sock in sockets:
                 listener = await asyncio.start_server(
@@ -2649,13 +2664,13 @@ class Server:
             if self.handler is not None:
                 await self._call_handler(self.handler, envelope)
         except SMTPError as error:
+            if error.reply is DELIVERY_FAILED:
+                log.exception("%s: The error of the handler has no reply", envelope.peer)
             return error.reply
-        except asyncio.CancelledError:  # by the handler, or because the event loop ends
+        except asyncio.CancelledError:  # the event loop ends
             log.warning("%s: The delivery was cancelled", envelope.peer)
             raise
-        except (GeneratorExit, KeyboardInterrupt, SystemExit):  # the event loop ends
-            raise
-        except BaseException:  # such as a failure of pytest
+        except Exception:
             log.exception("%s: Cannot deliver the message", envelope.peer)
             return DELIVERY_FAILED
         if self._on_message is not None:
@@ -2678,14 +2693,14 @@ class Server:
         else:
             result = await _call_in_thread(handler, envelope)
         if inspect.isawaitable(result):
-            await result
+            await _run_in_task(result)
 
 
 async def _call_in_thread(handler: Handler, envelope: Envelope) -> object:
-    """Call the handler in a thread of its own; return what it returns, raise what it raises.
+    """Call the handler in a thread of its own; return what it returns.
 
     The thread is a daemon, so that a handler that never returns does not keep the program
-    from ending.
+    from ending. Raises SMTPError, or RuntimeError for any other exception of the handler.
     """
     loop = asyncio.get_running_loop()
     returned = asyncio.Event()
@@ -2700,13 +2715,36 @@ async def _call_in_thread(handler: Handler, envelope: Envelope) -> object:
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             loop.call_soon_threadsafe(returned.set)
 
-    threading.Thread(target=run, name="dsmtpd handler", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="dsmtpd handler", daemon=True).start()
+    except RuntimeError as error:
+        log.error("Cannot call the handler: %s", error)
+        raise SMTPError(451, "4.3.0", "Cannot accept the message, try again later") from error
     await returned.wait()
     if not errors:
         return outcome[0]
     if isinstance(errors[0], SMTPError):
         raise errors[0]
     raise RuntimeError("The handler failed") from errors[0]
+
+
+async def _run_in_task(awaitable: Awaitable[object]) -> None:
+    """Wait for what an async handler returns, in a task that it may cancel.
+
+    Raises the same as _call_in_thread().
+    """
+    task = asyncio.ensure_future(awaitable)
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:  # the event loop ends
+        task.cancel()
+        raise
+    try:
+        task.result()
+    except SMTPError:
+        raise
+    except BaseException as error:  # such as a failure of pytest
+        raise RuntimeError("The handler failed") from error
 
 
 # --- Testing --------------------------------------------------------------------------
@@ -3387,7 +3425,7 @@ class _Program:
             await server.start(sockets)
             if self._args.json or self._args.print:
                 self._output = self._start_output(self._args.json or self._args.print)
-        except (OSError, ValueError, mailbox.Error) as error:
+        except (OSError, RuntimeError, ValueError, mailbox.Error) as error:
             await server.close()
             raise _StartError(2, f"Cannot start: {error}") from error
         return server

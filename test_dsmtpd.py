@@ -2120,6 +2120,11 @@ def test_handler_results(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+class IncompleteError(SMTPError):
+    def __init__(self, text: str) -> None:
+        """Do not call the method of SMTPError."""
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     "error",
@@ -2127,6 +2132,9 @@ def test_handler_results(caplog: pytest.LogCaptureFixture) -> None:
         RuntimeError("secret detail"),
         StopIteration("too few"),
         pytest.fail.Exception("unexpected mail"),  # not an Exception
+        GeneratorExit("end of a generator"),
+        asyncio.CancelledError("end of a task"),
+        IncompleteError("no reply"),
     ],
     ids=repr,
 )
@@ -2142,6 +2150,111 @@ def test_handler_exceptions(
     replies = replies_with(fail_async if asynchronous else fail)
     assert replies == ["451 4.3.0 Cannot accept the message, try again later", "250 2.0.0 OK"]
     assert str(error) in caplog.text
+
+
+def test_handler_that_cancels_its_task() -> None:
+    async def cancel(envelope: Envelope) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    assert [reply[:3] for reply in replies_with(cancel)] == ["451", "250"]
+
+
+@POSIX
+def test_end_of_the_event_loop_cancels_the_handler(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(
+        "import asyncio, dsmtpd, sys\ndsmtpd.HANDLER_TIMEOUT = 0.2\n"
+        "async def hang(envelope):\n"
+        "    print('called', file=sys.stderr)\n"
+        "    try:\n"
+        "        await asyncio.Event().wait()\n"
+        "    finally:\n"
+        "        print('finally', file=sys.stderr)\n"
+    )
+    options = ["--handler", "hangs:hang", "--timeout", "60"]
+    with process(*options, cwd=tmp_path, last_line="Handing the") as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n\r\n.\r\n")
+            assert server.popen.stderr is not None
+            assert "called\n" in server.popen.stderr
+            status, text = server.stop()
+    assert status == 1
+    assert "The delivery was cancelled" in text
+    assert "finally\n" in text
+
+
+@contextlib.contextmanager
+def no_new_threads() -> Iterator[None]:
+    """The stack of a new thread would not fit into the address space."""
+    if sys.platform != "linux" or sys.maxsize < 1 << 46:
+        pytest.skip("needs 64-bit Linux")
+    threading.stack_size(1 << 46)
+    try:
+        yield
+    finally:
+        threading.stack_size(0)
+
+
+def test_no_thread_for_the_handler(caplog: pytest.LogCaptureFixture) -> None:
+    replies = []
+
+    async def scenario() -> None:
+        async with Server(port=0, handler=str) as server:
+            peer = await Peer.connect(server)
+            await peer.reply()
+            with no_new_threads():
+                replies.append(await peer.send_mail())
+            replies.append(await peer.send_mail())
+            await peer.close()
+
+    run(scenario)
+    assert [reply[:3] for reply in replies] == ["451", "250"]
+    assert "Cannot call the handler: can't start new thread" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_no_thread_for_the_start(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with pytest.raises(RuntimeError, match="can't start new thread"), no_new_threads():
+            await Server(port=0, directory=tmp_path).start()
+
+    run(scenario)
+
+
+def test_no_more_threads_for_storing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread that runs stores all messages."""
+    sync, syncing, may_sync = os.fsync, threading.Event(), threading.Event()
+
+    def slow_sync(descriptor: int) -> None:
+        syncing.set()
+        assert may_sync.wait(20)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow_sync)
+
+    async def scenario() -> None:
+        async with Server(port=0, directory=tmp_path) as server:
+            peers = [await Peer.connect(server) for _ in range(3)]
+            for peer in peers:
+                await peer.reply()
+            sending = [asyncio.create_task(peers[0].send_mail())]
+            await asyncio.to_thread(syncing.wait, 20)
+            with no_new_threads():
+                sending += [asyncio.create_task(peer.send_mail()) for peer in peers[1:]]
+                while "fewer threads" not in caplog.text:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+                may_sync.set()
+                assert {await task for task in sending} == {"250 2.0.0 Message accepted"}
+            for peer in peers:
+                await peer.close()
+
+    run(scenario)
+    assert caplog.text.count("Storing messages with fewer threads: can't start new thread") == 1
+    assert "Traceback" not in caplog.text
 
 
 def test_system_exit_in_a_thread(caplog: pytest.LogCaptureFixture) -> None:
