@@ -1941,9 +1941,9 @@ class MaildirStore:
     """Stores messages in a Maildir. Several threads and processes may use the same one.
 
     directory is created if it is missing, and completed if it is empty or has one of the
-    folders of a Maildir. None means the current directory, which is always completed. Raises
-    mailbox.Error for another directory, which is left unchanged, and for one that cannot be
-    written to; OSError if it cannot be read.
+    folders of a Maildir; files in its tmp that are 36 hours old are removed. None means the
+    current directory, which is always completed. Raises mailbox.Error for another directory,
+    which is left unchanged, and for one that cannot be written to; OSError if it cannot be read.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
@@ -1954,6 +1954,8 @@ class MaildirStore:
             for name in ("tmp", "new", "cur"):
                 (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
             _require_writable(self.path)
+            if directory is not None:  # the current directory may have other files in tmp
+                _remove_leftovers(self.path)
         except OSError as error:
             raise mailbox.Error(f"cannot write to {self.path}: {error.strerror}") from error
 
@@ -1979,10 +1981,13 @@ class MaildirStore:
             _write_file(tmp, *_file_parts(envelope, key))
             os.rename(tmp, new)
         except OSError as error:
-            log.error("Cannot store a message from %s: %s", envelope.peer, error)
-            with contextlib.suppress(OSError):
+            if not os.path.exists(new):  # NFS may report an error for a rename that it has done
+                log.error("Cannot store a message from %s: %s", envelope.peer, error)
+                text = "Cannot store the message, try again later"
+                raise SMTPError(451, "4.3.0", text) from error
+        finally:
+            with contextlib.suppress(OSError):  # after the rename, it is not there
                 os.unlink(tmp)
-            raise SMTPError(451, "4.3.0", "Cannot store the message, try again later") from error
         return Path(new)
 
 
@@ -2004,6 +2009,12 @@ def _require_writable(path: Path) -> None:
         test = path / name / f"dsmtpd-{os.urandom(8).hex()}"
         test.touch()
         test.unlink()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what programs that were killed have left in tmp."""
+    with contextlib.suppress(OSError):  # another program removes it, or it is a folder
+        mailbox.Maildir(path, create=False).clean()
 
 
 _BARE_CR = re.compile(rb"\r(?!\n)")

@@ -2011,6 +2011,48 @@ def test_storage_error(damage: Callable[[Path], Callable[[], None]], tmp_path: P
     assert store.count() == 1
 
 
+def test_rename_with_an_error_although_it_has_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def rename_twice(source: str, target: str) -> None:
+        rename(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_twice)
+    store = dsmtpd.MaildirStore(tmp_path / "mail")
+    assert store.store(envelope()).read_bytes().endswith(b"Text\n")
+    assert store.count() == 1
+
+
+def test_no_memory_to_store_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise MemoryError
+
+    store = dsmtpd.MaildirStore(tmp_path / "mail")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(MemoryError):
+        store.store(envelope())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("is_default", [False, True])
+def test_leftovers_in_tmp(
+    is_default: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the current directory, tmp may have other files."""
+    monkeypatch.chdir(tmp_path)
+    store = dsmtpd.MaildirStore(tmp_path)
+    old, recent = tmp_path / "tmp" / "old", tmp_path / "tmp" / "recent"
+    for file, hours in ((old, 37), (recent, 35)):
+        file.touch()
+        os.utime(file, (time.time() - hours * 3600,) * 2)
+    store = dsmtpd.MaildirStore(None if is_default else tmp_path)
+    assert store.path == tmp_path
+    assert set((tmp_path / "tmp").iterdir()) == ({old, recent} if is_default else {recent})
+
+
 # --- Server -------------------------------------------------------------------------------
 
 
