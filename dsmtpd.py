@@ -150,8 +150,12 @@ MAX_PRINTED_LENGTH = 100_000
 # Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
 KILL_TIMEOUT = 5.0
 
-# Maximum bytes of one read from a client. Queued replies are written when they have this size.
+# Maximum bytes of one read from a client.
 READ_SIZE = 65_536
+
+# Bytes of the replies to pipelined commands that are written together. Then the other sessions
+# have their turn.
+WRITE_SIZE = 4096
 
 
 TLS_MODES = ("starttls", "required", "implicit")
@@ -2071,10 +2075,9 @@ class Connection:
     deliver(envelope) returns the reply to the end of the content. tls_context is for the
     action StartTLS, and for a session that starts with TLS.
 
-    interrupt() ends the session: it stores the final reply and cancels the task, and _close()
-    sends the reply. A delivery is never cancelled; the session then ends after it.
-    _check_idle() calls interrupt(). abort() is for
-    a client that does not read the last reply.
+    interrupt() ends the session when the server stops or the client is idle: it cancels the task,
+    and _close() sends the final reply. A delivery is never cancelled; the session ends after it.
+    abort() is for a client that does not read the final reply.
     """
 
     def __init__(
@@ -2150,13 +2153,16 @@ class Connection:
     async def _process(self, data: bytes) -> None:
         """Feed the session, and perform its actions."""
         for action in self._session.receive(data, time.time()):
-            if isinstance(action, Reply):
-                self._unsent += action.encoded
-                if len(self._unsent) >= READ_SIZE:
-                    await self._flush()
-            else:
+            if not isinstance(action, Reply):
                 await self._flush()
                 await self._perform(action)
+                continue
+            self._unsent += action.encoded
+            if self._final_reply is not None:  # interrupted during a delivery
+                return
+            if len(self._unsent) >= WRITE_SIZE:
+                await self._flush()
+                await asyncio.sleep(0)
         if self._unsent:
             await self._flush()
         else:
@@ -2174,18 +2180,21 @@ class Connection:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     async def _flush(self) -> None:
-        """Write the replies, and wait while the client does not read them."""
-        if not self._unsent:
-            return
-        self._writer.write(bytes(self._unsent))
-        self._unsent.clear()
+        """Write the replies, and wait while the client does not read them.
+
+        Raises OSError if the client has disconnected. What it sent before is not processed: it
+        would not learn that a message was accepted, and would send it again.
+        """
+        if self._unsent:
+            self._writer.write(bytes(self._unsent))
+            self._unsent.clear()
         try:
             await self._writer.drain()
-        except OSError:
-            pass  # the client has disconnected; what it sent before is still processed
         except asyncio.CancelledError:
             self._writer.transport.abort()  # the client would not read the last reply either
             raise
+        if self._writer.is_closing():
+            raise ConnectionResetError("The client has disconnected")
 
     async def _perform(self, action: Action) -> None:
         self._action = action
