@@ -2367,6 +2367,12 @@ def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket
     return sockets
 
 
+def _stop_listening(sock: socket.socket) -> None:
+    """Free the port, even if a forked process has a copy of the socket."""
+    with contextlib.suppress(OSError):  # only Linux can do it
+        sock.shutdown(socket.SHUT_RDWR)
+
+
 def make_tls_context(
     cert: str | os.PathLike[str], key: str | os.PathLike[str] | None = None
 ) -> ssl.SSLContext:
@@ -2574,6 +2580,7 @@ class Server:
         cannot be used, RuntimeError if no thread can be started, and what MaildirStore raises.
         """
         with contextlib.ExitStack() as cleanup:
+            are_ours = not sockets
             sockets = sockets or listen(self.config)
             for sock in sockets:
                 cleanup.callback(sock.close)
@@ -2599,6 +2606,8 @@ class Server:
                     self._serve_client, sock=sock, backlog=MAX_CONNECTIONS
                 )
                 cleanup.callback(listener.close)
+                if are_ours:  # systemd listens on its own until it starts the next process
+                    cleanup.callback(_stop_listening, sock)
             self._cleanup = cleanup.pop_all()
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
         self.host, self.port = self.addresses[0]
@@ -2929,9 +2938,11 @@ def _run_in_thread(server: Server) -> Iterator[None]:
     finally:
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             stopped.set_result(None)  # unless a handler has ended the event loop
-        with contextlib.suppress(RuntimeError):  # a KeyboardInterrupt in thread.start()
+        # If the block was left open until the interpreter ends, the thread no longer runs.
+        can_end = thread.ident is not None and not sys.is_finalizing()
+        if can_end:
             thread.join(HANDLER_TIMEOUT)
-    if thread.is_alive():
+    if can_end and thread.is_alive():
         raise RuntimeError(
             f"the handler {server.handler!r} has not returned for {HANDLER_TIMEOUT} s"
         )
@@ -3205,7 +3216,27 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run the program; raises SystemExit with the exit status."""
     # A handler that imports dsmtpd gets this module, even when it runs as a script.
     sys.modules.setdefault("dsmtpd", sys.modules[__name__])
-    args = parse_args(argv)
+    args = argparse.Namespace(command=[])
+    try:
+        _on_signals(_interrupt)
+        args = parse_args(argv)
+        if args.command:
+            _prepare_for_processes()
+        status = _run(args)
+    except KeyboardInterrupt as error:  # raised by _interrupt()
+        status = error.args[0] if args.command else 0
+    # A zipapp ignores what main() returns.
+    sys.exit(status)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    """Signal handler until the server listens: leave the with statements."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt(128 + number)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the program until it is stopped; return the exit status."""
     _configure_logging(args)
     _raise_file_limit(3 * MAX_CONNECTIONS)
     with contextlib.ExitStack() as stack:
@@ -3214,12 +3245,34 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
             args.config = replace(args.config, directory=directory)
-        try:
-            status = asyncio.run(_Program(args, stack).run())
-        except KeyboardInterrupt:  # before the server has started
-            status = 0
-    # A zipapp ignores what main() returns.
-    sys.exit(status)
+        return asyncio.run(_Program(args, stack).run())
+
+
+def _prepare_for_processes() -> None:
+    """Get the exit status of the command, and do not leave zombies."""
+    if os.name != "posix":
+        return
+    # If the parent process ignores SIGCHLD, so does this one, and gets no exit status.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if os.getpid() == 1:
+        _continue_in_child_process()
+
+
+def _continue_in_child_process() -> None:
+    """Return in a child process; this one waits for it and for orphans of the command.
+
+    The system gives orphans to process 1 of a container.
+    """
+    child = os.fork()
+    if child == 0:
+        os.setsid()  # Ctrl-C in a terminal reaches only process 1, which passes it on
+        return
+    _on_signals(lambda number, frame: os.kill(child, number))
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
 
 
 class _WarningLimit(logging.Filter):
@@ -3392,21 +3445,23 @@ class _Program:
         self._cleanup = cleanup
         self._config: Config = args.config
         self._output: _Output | None = None
+        self._loop: asyncio.AbstractEventLoop
         self._stop = asyncio.Event()
-        self._signal = ""  # the name of the last signal
+        self._signal = ""  # the name of the first signal
         self._received = 0  # messages
         self._refused = 0  # commands and messages
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> int:
         """Run until the program is stopped; return the exit status."""
-        limit_loop_errors(asyncio.get_running_loop())
+        self._loop = asyncio.get_running_loop()
+        limit_loop_errors(self._loop)
         try:
             server = await self._start()
         except _StartError as error:
             log.error("%s", error)
             return error.status
-        _on_signals(self._on_signal)
+        self._set_signal_handlers()
         self._announce(server)
         if self._args.command:
             status = await self._run_command(server)
@@ -3421,7 +3476,8 @@ class _Program:
         except asyncio.TimeoutError:
             name = self._args.handler
             log.error("The handler %s has not returned for %g s", name, HANDLER_TIMEOUT)
-            return status or 1
+            self._cleanup.close()
+            os._exit(status or 1)  # asyncio.run() would wait for the handler as well
         expectation_status = self._check_expectation(server)
         return status or expectation_status
 
@@ -3448,6 +3504,11 @@ class _Program:
         except (OSError, RuntimeError, ValueError, mailbox.Error) as error:
             await server.close()
             raise _StartError(2, f"Cannot start: {error}") from error
+        if server.cafile is not None:
+            import shutil
+
+            folder = os.path.dirname(server.cafile)
+            self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
         return server
 
     def _start_output(self, path: str) -> _Output:
@@ -3514,17 +3575,43 @@ class _Program:
             text = _json_line(event, **values)
             self._output.put(lambda: text, len(text))
 
-    def _on_signal(self, number: int) -> None:
-        """Stop at the first signal, and end the program or kill the command at the second."""
-        repeated = self._stop.is_set()
-        self._stop.set()
-        self._signal = "SIGKILL" if repeated else signal.Signals(number).name
+    def _set_signal_handlers(self) -> None:
+        _on_signals(self._on_signal)
+        if hasattr(signal, "SIGTSTP") and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, self._on_suspend)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        """Stop at the first signal, and end at the second, even if a handler blocks the loop.
+
+        A command gets the first signal, and is killed at the second.
+        """
+        if self._signal:
+            self._end(number)
+        self._signal = signal.Signals(number).name
         if self._process is not None:
             _signal_command(self._process, self._signal)
-        elif repeated:
-            self._cleanup.close()  # removes the temporary Maildir
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: the program ends
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _end(self, number: int) -> NoReturn:
+        """Kill the command, and end the program by this signal without waiting for anything."""
+        if self._process is not None:
+            _signal_command(self._process, "SIGKILL")
+        self._cleanup.close()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+        os._exit(128 + number)  # the system does not end process 1 of a container
+
+    def _on_suspend(self, number: int, frame: object) -> None:
+        """Stop at Ctrl-Z, together with the command, and continue with it."""
+        # The system ignores SIGTSTP in a session without a terminal, such as that of the command.
+        if self._process is not None:
+            _signal_command(self._process, "SIGSTOP")
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)  # returns at SIGCONT
+        signal.signal(number, self._on_suspend)
+        if self._process is not None:
+            _signal_command(self._process, "SIGCONT")
 
     async def _wait(self, server: Server) -> int:
         with contextlib.suppress(asyncio.TimeoutError):
@@ -3544,9 +3631,9 @@ class _Program:
         except OSError as error:
             log.error("Cannot run %s: %s", command[0], error)
             return 127
+        self._process = process
         if self._signal:  # it arrived while the command was being started
             _signal_command(process, self._signal)
-        self._process = process
         timed_out = await self._wait_for_process(process)
         status = await process.wait()
         self._process = None
@@ -3647,28 +3734,16 @@ def _kill_remaining_processes(process: asyncio.subprocess.Process) -> None:
         pass
 
 
-def _on_signals(callback: Callable[[int], object]) -> None:
-    """Call callback(number) in the running event loop at Ctrl-C, SIGTERM and SIGHUP.
-
-    The third signal ends the program at once, even if a handler blocks the event loop.
-    """
-    loop = asyncio.get_running_loop()
-    remaining = 2
-
-    def on_signal(number: int, frame: object) -> None:
-        nonlocal remaining
-        if remaining == 0:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        remaining -= 1
-        loop.call_soon_threadsafe(callback, number)
-
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
+def _on_signals(handler: Callable[[int, object], object]) -> None:
+    """Call handler(number, frame) at Ctrl-C, SIGTERM, SIGHUP and SIGQUIT."""
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGQUIT"):
         number = signal.Signals.__members__.get(name)
-        # nohup makes the program ignore SIGHUP.
-        if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+        if number is None:
             continue
-        signal.signal(number, on_signal)
+        # nohup makes the program ignore SIGHUP, and a script with "&" SIGQUIT.
+        if name in ("SIGHUP", "SIGQUIT") and signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        signal.signal(number, handler)
 
 
 def _json_line(event: str, **values: object) -> str:

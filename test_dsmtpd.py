@@ -3867,6 +3867,35 @@ def test_interrupt_while_capture_starts(tmp_path: Path) -> None:
     assert completed.stderr.strip().endswith("KeyboardInterrupt")
 
 
+@pytest.mark.parametrize(
+    "code", ["", "class A:\n def __del__(self): block.__exit__(*3 * [None])\na = A()\n"]
+)
+def test_capture_that_is_left_open(code: str, tmp_path: Path) -> None:
+    """The program can end, as it does in a REPL, although the thread of the server runs."""
+    start = (
+        "import dsmtpd\ndsmtpd.HANDLER_TIMEOUT = 60\nblock = dsmtpd.capture()\nblock.__enter__()\n"
+    )
+    completed = python(start + code, tmp_path)
+    assert (completed.returncode, completed.stderr) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs shutdown() of listening sockets")
+def test_forked_child_does_not_keep_the_port(tmp_path: Path) -> None:
+    code = (
+        "import dsmtpd, os, socket\n"
+        "reader, writer = os.pipe()\n"
+        "with dsmtpd.capture() as inbox:\n"
+        "    if os.fork() == 0:\n"
+        "        os.close(writer)\n"
+        "        os.read(reader, 1)  # until the parent process ends\n"
+        "        os._exit(0)\n"
+        "try: socket.create_connection((inbox.host, inbox.port))\n"
+        "except ConnectionRefusedError: print('refused')\n"
+        "with dsmtpd.capture(port=inbox.port): print('listening')\n"
+    )
+    assert python(code, tmp_path).stdout == "refused\nlistening\n"
+
+
 def test_handler_that_does_not_return(tmp_path: Path) -> None:
     """Leaving the block raises an error, and the program can end."""
     code = (
@@ -3922,40 +3951,67 @@ def test_output_without_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert output.getvalue() == "Grüße\n"
 
 
+# The last one ignores that the event loop cancels it.
+HANDLERS = """
+import asyncio, contextlib, os, signal, threading, time, dsmtpd
+dsmtpd.HANDLER_TIMEOUT = 0.2
+def hang(envelope): threading.Event().wait()
+async def block(envelope):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+async def persist(envelope):
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+"""
+
+
 @POSIX
+@pytest.mark.parametrize("handler", ["hang", "persist"])
 @pytest.mark.parametrize("options", [["--timeout", "0.1"], ["--expect", "1", "--timeout", "0.1"]])
-def test_handler_that_hangs_in_the_program(options: list[str], tmp_path: Path) -> None:
-    (tmp_path / "hangs.py").write_text(
-        "import dsmtpd, threading\ndsmtpd.HANDLER_TIMEOUT = 0.2\n"
-        "def hang(envelope): threading.Event().wait()\n"
-    )
-    options = ["--handler", "hangs:hang", *options]
+def test_handler_that_hangs_in_the_program(
+    options: list[str], handler: str, tmp_path: Path
+) -> None:
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    options = ["--handler", f"handlers:{handler}", *options]
     with process(*options, cwd=tmp_path, last_line="Handing the") as server:
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n\r\n.\r\n")
             status, text = server.wait()
     assert status == 1
-    assert "ERROR: The handler hangs:hang has not returned for 0.2 s" in text
+    assert f"ERROR: The handler handlers:{handler} has not returned for 0.2 s" in text
 
 
+# Runs a command as process 1, as in a container; such a process is not ended by SIG_DFL.
+UNSHARE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+
+
+def require_unshare() -> None:
+    if not shutil.which("unshare") or subprocess.run([*UNSHARE, "true"], check=False).returncode:
+        pytest.skip("needs the right to create a PID namespace")
+
+
+@OPENSSL
 @POSIX
-def test_signals_with_a_blocked_event_loop(tmp_path: Path) -> None:
-    (tmp_path / "blocks.py").write_text(
-        "import sys, time\n"
-        "async def block(envelope):\n"
-        "    print('blocked', file=sys.stderr, flush=True)\n"
-        "    time.sleep(60)\n"
+@pytest.mark.parametrize(("starter", "status"), [([], -signal.SIGTERM), (UNSHARE, 128 + 15)])
+def test_second_signal_with_a_blocked_event_loop(
+    starter: list[str], status: int, temp_dir: Path, tmp_path: Path
+) -> None:
+    """It ends the program and the command, and removes the temporary files."""
+    if starter:
+        require_unshare()
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    options = ["-q", "-p", "0", "--tls", "starttls", "--handler", "handlers:block"]
+    sender = [sys.executable, "-c", f"import os; print(os.getpid(), flush=True){SENDER}", "1"]
+    program = [*starter, sys.executable, "-W", "error", str(SCRIPT), *options, "--", *sender]
+    completed = subprocess.run(
+        program, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=20, check=False
     )
-    with process("--handler", "blocks:block", cwd=tmp_path, last_line="Handing the") as server:
-        with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n\r\n.\r\n")
-            assert server.popen.stderr is not None
-            assert any("blocked" in line for line in server.popen.stderr)
-            while server.popen.poll() is None:
-                server.popen.send_signal(signal.SIGINT)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    server.popen.wait(0.1)
-    assert server.popen.returncode == -signal.SIGINT
+    assert completed.returncode == status
+    assert "Traceback" not in completed.stderr
+    assert starter or has_exited(int(completed.stdout))
+    assert list(temp_dir.iterdir()) == []
 
 
 def test_output_file_with_other_content(tmp_path: Path) -> None:
@@ -4165,18 +4221,22 @@ while True:
 """
 
 
-def has_exited(pid: int) -> bool:
-    """Return whether the process exits within 20 seconds."""
+def has_state(pid: int, letter: str) -> bool:
+    """Return whether the process gets into this state of proc(5), within 20 seconds."""
     for _ in range(2000):
         try:
             os.kill(pid, 0)
             state = Path(f"/proc/{pid}/stat")
-            if state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z":
+            if state.exists() and state.read_text().rpartition(")")[2].split()[0] == letter:
                 return True
         except (ProcessLookupError, FileNotFoundError):
-            return True
+            return letter == "Z"
         threading.Event().wait(0.01)
     return False
+
+
+def has_exited(pid: int) -> bool:
+    return has_state(pid, "Z")
 
 
 @POSIX
@@ -4185,9 +4245,10 @@ def has_exited(pid: int) -> bool:
     [
         ([], [], signal.SIGTERM, 128 + 15),
         ([], [], signal.SIGINT, 128 + 2),
-        ([], [], signal.SIGHUP, 128 + 1),
+        ([], [], getattr(signal, "SIGHUP", 1), 128 + 1),
+        (["child"], [], getattr(signal, "SIGQUIT", 3), 128 + 3),
         (["child"], [], signal.SIGTERM, 128 + 15),
-        (["ignore"], [], signal.SIGTERM, 128 + 9),
+        (["ignore"], [], signal.SIGTERM, -signal.SIGTERM),
         ([], ["--timeout", "1"], None, 128 + 15),
         (["ignore", "child"], ["--timeout", "1"], None, 128 + 9),
     ],
@@ -4219,8 +4280,113 @@ def test_signals_with_command(
                 running.send_signal(number)
         _, text = running.communicate(timeout=20)
     assert running.returncode == status
-    assert "Cleaning up" in text
+    assert ("Cleaning up" in text) is (status > 0)
     assert all(has_exited(pid) for pid in pids)
+    assert list(temp_dir.iterdir()) == []
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
+@pytest.mark.parametrize("has_command", [True, False])
+def test_signal_before_it_listens(
+    name: str,
+    has_command: bool,
+    temp_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The command does not run, and no temporary files stay."""
+    openssl = tmp_path / "openssl"
+    openssl.write_text(f"#!/bin/sh\nkill -s {name[3:]} $PPID\nexec sleep 1\n")
+    openssl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    rest = ["--", *SEND, "1"] if has_command else ["-d", str(tmp_path / "mail")]
+    completed = subprocess.run(
+        [sys.executable, SCRIPT, "-p", "0", "--tls", "starttls", *rest],
+        capture_output=True,
+        timeout=20,
+        check=False,
+    )
+    assert completed.returncode == (128 + signal.Signals[name] if has_command else 0)
+    assert completed.stdout == completed.stderr == b""
+    assert list(temp_dir.iterdir()) == []
+
+
+@POSIX
+def test_command_when_the_parent_ignores_child_processes() -> None:
+    """The program inherits that, but needs the exit status of the command."""
+    starter = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+    )
+    program = [sys.executable, "-c", starter, str(SCRIPT), "-p", "0", "--"]
+    completed = subprocess.run([*program, sys.executable, "-c", "exit(7)"], timeout=20, check=False)
+    assert completed.returncode == 7
+
+
+@POSIX
+def test_orphans_of_the_command_in_a_container() -> None:
+    """Process 1 gets them; they do not stay as zombies."""
+    require_unshare()
+    code = (
+        "import os\n"
+        "reader, writer = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    orphan = os.fork()\n"
+        "    if orphan: os.write(writer, b'%d' % orphan)\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "orphan = int(os.read(reader, 20))\n"
+        "try:\n"
+        "    while True: os.kill(orphan, 0)\n"
+        "except ProcessLookupError: os._exit(7)\n"
+    )
+    program = [
+        *UNSHARE,
+        sys.executable,
+        "-W",
+        "error",
+        str(SCRIPT),
+        "-p",
+        "0",
+        "--timeout",
+        "5",
+        "--",
+    ]
+    completed = subprocess.run([*program, sys.executable, "-c", code], timeout=20, check=False)
+    assert completed.returncode == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_suspended_command(temp_dir: Path) -> None:
+    """Ctrl-Z stops the program and the command, and both continue."""
+    code = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGCONT, lambda number, frame: os._exit(3))\n"
+        "os.write(1, b'%d\\n' % os.getpid())\n"
+        "while True: signal.pause()\n"
+    )
+    program = [sys.executable, "-W", "error", str(SCRIPT), "-q", "-p", "0", "--"]
+    with (
+        subprocess.Popen(
+            [*program, sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            preexec_fn=os.setpgrp,  # the system does not stop a group without a job control
+        ) as running,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(running.kill)
+        assert running.stdout is not None
+        pid = int(running.stdout.readline())
+        running.send_signal(signal.SIGTSTP)
+        _, status = os.waitpid(running.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        is_stopped = has_state(pid, "T")
+        running.send_signal(signal.SIGCONT)
+        if not is_stopped:
+            os.kill(pid, signal.SIGKILL)
+        assert running.wait(20) == 3
     assert list(temp_dir.iterdir()) == []
 
 
