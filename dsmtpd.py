@@ -86,7 +86,7 @@ MAX_COMMAND_LENGTH = 12_288
 # Recipients of one message. RFC 5321 section 4.5.3.1.8 requires 100; Postfix accepts 1000.
 MAX_RECIPIENTS = 1000
 
-# Characters of the arguments of all RCPT commands of one message: over 512 for each recipient.
+# Octets of the arguments of all RCPT commands of one message: over 512 for each recipient.
 MAX_RCPT_ARGUMENTS = 512 * 1024
 
 # 5xx replies in a row before the connection is closed; those of failure rules do not count. The
@@ -1073,7 +1073,7 @@ class Transaction:
     rcpt_tos: list[str] = field(default_factory=list)
     rcpt_options: list[dict[str, str]] = field(default_factory=list)
     rcpt_arguments: int = 0
-    """Characters of the arguments of all RCPT commands."""
+    """Octets of the arguments of all RCPT commands."""
     content: bytearray = field(default_factory=bytearray)
     warnings: list[str] = field(default_factory=list)
     """Warnings about the addresses."""
@@ -1131,7 +1131,8 @@ class SharedState:
         """Log a refusal, and pass it on."""
         name = "message" if refusal.verb == "." else refusal.verb
         command = f"{name} {refusal.argument}".strip() or "empty line"
-        log.warning("%s: %s refused: %s%s", refusal.peer, command, refusal.reply, detail)
+        reply = escape_unprintable(str(refusal.reply))
+        log.warning("%s: %s refused: %s%s", refusal.peer, command, reply, detail)
         if self.on_refusal is None:
             return
         try:
@@ -1299,8 +1300,8 @@ class Session:
 
     def _log_reply(self, reply: Reply) -> None:
         if log.isEnabledFor(logging.DEBUG):
-            for line in reply.encoded.decode().splitlines():
-                log.debug("%s S: %s", self.peer, line)
+            for line in reply.encoded.decode().removesuffix("\r\n").split("\r\n"):
+                log.debug("%s S: %s", self.peer, escape_unprintable(line))
 
     def _begin_command(self, line: str, verb: str = "") -> None:
         self._command, self._refusal_detail = line, ""
@@ -1682,7 +1683,8 @@ class Session:
             raise SMTPError(503, "5.5.1", "Send MAIL first")
         if transaction.chunks:
             raise SMTPError(503, "5.5.1", "RCPT is not allowed after BDAT")
-        rcpt_arguments = transaction.rcpt_arguments + len(argument)
+        octets = argument.encode("utf-8", "surrogateescape")
+        rcpt_arguments = transaction.rcpt_arguments + len(octets)
         if len(transaction.rcpt_tos) >= MAX_RECIPIENTS or rcpt_arguments > MAX_RCPT_ARGUMENTS:
             # RFC 5321 section 4.5.3.1.10
             raise SMTPError(452, "4.5.3", "Too many recipients")
@@ -1899,8 +1901,6 @@ _FOLD_WIDTH = 240
 
 # Replaced in the argument of HELO: spaces, parentheses and semicolons are syntax in Received.
 _UNSAFE_IN_RECEIVED = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
-_MANY_SPACES = re.compile(" {100,}")
-_UNFOLDABLE = re.compile(rf"[^ ]{{{_FOLD_WIDTH}}}|{_MANY_SPACES.pattern}")
 
 
 def trace_header(envelope: Envelope, key: str) -> bytes:
@@ -1911,9 +1911,11 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
     helo = _UNSAFE_IN_RECEIVED.sub("?", envelope.helo[:255])
     address = envelope.peer.rpartition(":")[0]
     date = format_datetime(envelope.received.replace(microsecond=0))
+    mail_from = envelope.mail_from
+    if not _can_be_folded(mail_from):
+        mail_from = re.sub(" +", " ", mail_from)
     header = [
-        # RFC 5321 section 4.4. Some readers end the header section at a folded line of spaces.
-        _MANY_SPACES.sub(" " * 99, f"Return-Path: <{envelope.mail_from}>"),
+        f"Return-Path: <{mail_from}>",  # RFC 5321 section 4.4
         f"X-Peer: {envelope.peer}",
         f"X-MailFrom: {_encode_words(envelope.mail_from)}",
         f"X-RcptTo: {_encode_words(', '.join(envelope.rcpt_tos))}",
@@ -1924,7 +1926,7 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
 
 
 def _fold(line: str) -> str:
-    """Fold a header line at spaces (RFC 5322 section 2.2.3), or inside a word that is too long."""
+    """Fold a header line at single spaces (RFC 5322 section 2.2.3), or inside a long word."""
     if len(line) <= _FOLD_WIDTH:
         return line
     pattern = rf".{{1,{_FOLD_WIDTH}}}(?= |$)|.{{{_FOLD_WIDTH}}}"
@@ -1932,9 +1934,15 @@ def _fold(line: str) -> str:
     return "\n".join([first, *(part if part.startswith(" ") else f" {part}" for part in rest)])
 
 
+def _can_be_folded(text: str) -> bool:
+    """Return whether a field with this text has no line of spaces, where some readers end."""
+    return len(text) < 200 or "  " not in text
+
+
 def _encode_words(text: str) -> str:
     """Return the text as RFC 2047 encoded-words if a header field cannot contain it."""
-    if text.isascii() and "=?" not in text and not _UNFOLDABLE.search(text):
+    has_long_word = re.search(rf"[^ ]{{{_FOLD_WIDTH}}}", text)
+    if text.isascii() and "=?" not in text and not has_long_word and _can_be_folded(text):
         return text
     # An encoded-word has 75 characters at most: 11 characters of up to four octets fit.
     parts = [text[start : start + 11].encode() for start in range(0, len(text), 11)]
@@ -3298,9 +3306,19 @@ class _WarningLimit(logging.Filter):
         return self._counts[record.msg] < MAX_LOGGED_WARNINGS
 
 
+class _LogFormatter(logging.Formatter):
+    """Escapes control characters, such as those in the traceback of a handler."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of the record."""
+        return "\n".join(map(escape_unprintable, super().format(record).split("\n")))
+
+
 def _configure_logging(args: argparse.Namespace) -> None:
     log.addFilter(_WarningLimit())
-    logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
+    output = logging.StreamHandler()
+    output.setFormatter(_LogFormatter("%(asctime)s %(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[output])
     # asyncio warns of each write to a client that has disconnected.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     if args.verbose:

@@ -1895,6 +1895,7 @@ def test_trace_header() -> None:
         ["x" * 12_000 + "@y"],
         ['"' + "a b  " * 1000 + '"@y'],
         ['"' + " " * 3000 + '"@y'],
+        ['"' + "a" * 188 + " " * 99 + "b" * 300 + '"@y'],
         ["=?utf-8?q?no?=@y"],
         ["😀" * 500 + "@y"],
     ],
@@ -1903,6 +1904,7 @@ def test_trace_header_contains_every_address(rcpt_tos: list[str]) -> None:
     changes = {"mail_from": rcpt_tos[0], "rcpt_tos": rcpt_tos, "helo": "h" * 12_000}
     data = dsmtpd.trace_header(envelope(**changes), "KEY")
     assert max(map(len, data.splitlines())) < 998
+    assert all(line.strip() for line in data.splitlines())
     message = email.message_from_bytes(data + b"X-Last: 1\n\n")
     assert message.keys() == [
         "Return-Path", "X-Peer", "X-MailFrom", "X-RcptTo", "Received", "X-Last"
@@ -1911,6 +1913,19 @@ def test_trace_header_contains_every_address(rcpt_tos: list[str]) -> None:
     ((decoded, charset),) = email.header.decode_header(unfolded)
     decoded = decoded.decode(charset or "ascii") if isinstance(decoded, bytes) else decoded
     assert decoded == ", ".join(rcpt_tos)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_trace_header_with_runs_of_spaces(seed: int) -> None:
+    """No line consists of spaces: some readers would end the header section there."""
+    generator = random.Random(seed)
+    runs = [character * generator.choice([1, 2, 99, 188, 240, 300]) for character in "a b c d e"]
+    address = f'"{"".join(runs)}"@y'
+    changes = {"mail_from": address, "rcpt_tos": [address] * generator.randint(1, 3)}
+    lines = dsmtpd.trace_header(envelope(**changes), "KEY").split(b"\n")
+    assert lines.pop() == b""
+    assert all(line.strip() for line in lines)
+    assert max(map(len, lines)) < 998
 
 
 def test_trace_header_with_unsafe_helo() -> None:
@@ -2192,6 +2207,26 @@ def test_handler_exceptions(
     replies = replies_with(fail_async if asynchronous else fail)
     assert replies == ["451 4.3.0 Cannot accept the message, try again later", "250 2.0.0 OK"]
     assert str(error) in caplog.text
+
+
+def test_log_of_control_characters(tmp_path: Path) -> None:
+    """Text from a message cannot control the terminal."""
+    (tmp_path / "handlers.py").write_text(
+        "import dsmtpd\n"
+        "def fail(envelope):\n"
+        "    raise ValueError(envelope.content.decode())\n"
+        "def refuse(envelope):\n"
+        "    raise dsmtpd.SMTPError(550, '5.0.0', envelope.content.decode())\n"
+    )
+    for name in ("fail", "refuse"):
+        options = ["-v", "--handler", f"handlers:{name}"]
+        with process(*options, cwd=tmp_path, last_line="Handing the") as server:
+            with smtplib.SMTP("127.0.0.1", server.port) as client:
+                with pytest.raises(smtplib.SMTPDataError):
+                    client.sendmail("a@b", ["c@d"], "\x1b[31m red \x9b\u202e".encode())
+            _, text = server.stop()
+        assert all(line.isprintable() for line in text.splitlines())
+        assert "\\x1b[31m red" in text
 
 
 def test_handler_that_cancels_its_task() -> None:
