@@ -3227,9 +3227,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
     args = argparse.Namespace(command=[])
     try:
         _on_signals(_interrupt)
+        if hasattr(signal, "SIGCHLD"):
+            # A process that ignores it, such as the child of one that does, gets no exit status.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         args = parse_args(argv)
-        if args.command:
-            _prepare_for_processes()
+        if args.command and os.getpid() == 1:
+            _continue_in_child_process()
         status = _run(args)
     except KeyboardInterrupt as error:  # raised by _interrupt()
         status = error.args[0] if args.command else 0
@@ -3254,16 +3257,6 @@ def _run(args: argparse.Namespace) -> int:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
             args.config = replace(args.config, directory=directory)
         return asyncio.run(_Program(args, stack).run())
-
-
-def _prepare_for_processes() -> None:
-    """Get the exit status of the command, and do not leave zombies."""
-    if os.name != "posix":
-        return
-    # If the parent process ignores SIGCHLD, so does this one, and gets no exit status.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if os.getpid() == 1:
-        _continue_in_child_process()
 
 
 def _continue_in_child_process() -> None:
@@ -3646,7 +3639,7 @@ class _Program:
             process = await asyncio.create_subprocess_exec(
                 *command, env={**os.environ, **self._environment(server)}, start_new_session=True
             )
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
             log.error("Cannot run %s: %s", command[0], error)
             return 127
         self._process = process
