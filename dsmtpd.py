@@ -2218,13 +2218,23 @@ class Connection:
             self.last_activity = self._loop.time()
 
     async def _delay(self, seconds: float) -> None:
-        """Wait, and give the session what the client sends before the delayed reply."""
-        end = self._loop.time() + seconds
-        try:
-            self._session.feed(await asyncio.wait_for(self._reader.read(READ_SIZE), seconds))
-        except asyncio.TimeoutError:
-            return
-        await asyncio.sleep(end - self._loop.time())
+        """Wait, and give the session what the client sends before the delayed reply.
+
+        Raises OSError if the client disconnects.
+        """
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._read_ahead(), seconds)
+
+    async def _read_ahead(self) -> None:
+        """Give the session at most READ_SIZE bytes; return never."""
+        remaining = READ_SIZE
+        while remaining:
+            data = await self._reader.read(remaining)
+            if not data:
+                raise ConnectionResetError("The client has disconnected")
+            self._session.feed(data)
+            remaining -= len(data)
+        await asyncio.Event().wait()
 
     async def _start_tls(self) -> None:
         """Replace the streams; bytes that arrived in plain text stay in the old reader.

@@ -2244,6 +2244,7 @@ def test_end_of_the_event_loop_cancels_the_handler(caplog: pytest.LogCaptureFixt
 
     async def scenario() -> None:
         called = asyncio.Event()
+        tasks_of_the_test = asyncio.all_tasks()
 
         async def hang(envelope: Envelope) -> None:
             called.set()
@@ -2257,7 +2258,7 @@ def test_end_of_the_event_loop_cancels_the_handler(caplog: pytest.LogCaptureFixt
         with socket.create_connection((server.host, server.port)) as client:
             client.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n\r\n.\r\n")
             await called.wait()
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}  # as asyncio.run() does
+            tasks = asyncio.all_tasks() - tasks_of_the_test
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -2812,6 +2813,51 @@ def test_too_many_connections_with_implicit_tls(pem: Path, monkeypatch: pytest.M
             await peer.close()
 
     run(scenario)
+
+
+def test_client_disconnects_during_a_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another client gets its place at once."""
+    monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 1)
+
+    async def scenario() -> None:
+        async with Server(port=0, handler=print, fail=["NOOP * delay 60"]) as server:
+            peer = await Peer.connect(server)
+            await peer.reply()
+            peer.writer.write(b"NOOP\r\nHELP\r\n")
+            await peer.close()
+            await server.wait_for_clients(20)
+            other = await Peer.connect(server)
+            assert (await other.reply()).startswith("220 ")
+            await other.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "commands", ["RSET", "EHLO x", "BDAT 10\r\n12345", "BDAT 99999999999\r\n12345"]
+)
+def test_memory_of_discarded_content(commands: str) -> None:
+    """It is free at once, even if octets of the chunk have not arrived."""
+    shared = dsmtpd.SharedState(Config(max_size=10_000_000))
+    session = dsmtpd.Session(Config(max_size=20), "", shared)
+    list(session.receive(b"", 0))
+    list(session.receive(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n", 0))
+    list(session.receive(b"BDAT 15\r\n" + b"x" * 15, 0))
+    assert shared.reserved == 15
+    list(session.receive(f"{commands}\r\n".encode(), 0))
+    assert shared.reserved == 0
+
+
+def test_memory_of_a_message_is_free_after_its_reply() -> None:
+    config = Config(fail=[". * delay 5"])
+    shared = dsmtpd.SharedState(config)
+    session = dsmtpd.Session(config, "", shared)
+    list(session.receive(b"", 0))
+    list(session.receive(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n", 0))
+    reserved = []
+    for action in session.receive(b"BDAT 15 LAST\r\n" + b"x" * 15, 0):
+        reserved.append((type(action).__name__, shared.reserved))
+    assert reserved == [("Delay", 15), ("Deliver", 15), ("Reply", 0)]
 
 
 def test_no_delay() -> None:
