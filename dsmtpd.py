@@ -2263,6 +2263,8 @@ class Connection:
             # asyncio reports the loss only to the protocol of TLS; wait_closed() would hang.
             plain_protocol.connection_lost(None)
             raise
+        # By default, 512 KiB of replies are kept for a client that does not read.
+        transport.set_write_buffer_limits(READ_SIZE)
         protocol.connection_made(transport)
         self._reader = reader
         self._writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)

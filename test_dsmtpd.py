@@ -2929,6 +2929,29 @@ def client_context(pem: Path) -> ssl.SSLContext:
 
 
 @OPENSSL
+@pytest.mark.parametrize("command", [b"", b"QUIT\r\n"])
+def test_silent_tls_client(command: bytes, pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another client gets its place, although it neither ends TLS nor closes its socket."""
+    monkeypatch.setattr(dsmtpd, "IDLE_TIMEOUT", 0.2)
+    monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 1)
+
+    def connect(port: int) -> ssl.SSLSocket:
+        plain = socket.create_connection(("127.0.0.1", port))
+        return client_context(pem).wrap_socket(plain, server_hostname="localhost")
+
+    async def scenario() -> None:
+        options: dict[str, Any] = {"cert": pem / "cert.pem", "key": pem / "key.pem"}
+        async with Server(port=0, tls="implicit", handler=print, **options) as server:
+            with await asyncio.to_thread(connect, server.port) as client:
+                client.sendall(command)
+                await server.wait_for_clients(20)
+                with await asyncio.to_thread(connect, server.port) as other:
+                    assert (await asyncio.to_thread(other.recv, 100)).startswith(b"220 ")
+
+    run(scenario)
+
+
+@OPENSSL
 def test_smtplib_with_starttls_and_login(pem: Path, tmp_path: Path) -> None:
     options: list[str | Path] = ["--tls", "starttls", "--cert", pem / "cert.pem"]
     options += ["--key", pem / "key.pem", "--auth", "user:sesame:open"]
