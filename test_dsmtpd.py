@@ -3390,12 +3390,29 @@ def command(
         (["--cert", "x"], "argument --cert: requires tls"),
         (["--tls", "starttls", "--key", "x"], "argument --key: requires cert"),
         (["--auth", "secret"], "argument --auth: must be USER:PASSWORD\n"),
+        (["--expect", "-1"], "argument --expect: must be 0 or more, not -1"),
+        (["--expect", "1.5"], "argument --expect: must be an integer such as 1025, not 1.5"),
+        (["--ignore", "typo"], "argument --ignore: invalid choice: 'typo'"),
+        (["--timeout", "-1"], "argument --timeout: must be a number above 0"),
+        (["--timeout", "nan"], "argument --timeout: must be a number above 0"),
+        (["--"], "expected a command after --"),
+        (["--", ""], "expected a command after --"),
+        (["--json", "--print"], "not allowed with"),
     ],
 )
-def test_usage_errors(arguments: list[str], text: str) -> None:
-    completed = command(*arguments)
+def test_usage_errors(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        dsmtpd.parse_args(["-p", "0", *arguments])
+    assert error.value.code == 2
+    output = capsys.readouterr().err
+    assert text in output
+    assert len(output.splitlines()) == 1
+
+
+def test_exit_status_of_wrong_usage() -> None:
+    completed = command("--direct", "x")
     assert completed.returncode == 2
-    assert text in completed.stderr
+    assert completed.stderr == "dsmtpd: error: unknown option --direct\n"
 
 
 def test_not_a_maildir(tmp_path: Path) -> None:
@@ -4862,19 +4879,11 @@ def test_handler_option(tmp_path: Path) -> None:
         (["--handler", "no_such:x"], "No module named 'no_such'"),
         (["--handler", "os:no_such"], "has no attribute 'no_such'"),
         (["--handler", "os:name"], "--handler os:name: name is not callable"),
-        (["--expect", "-1"], "argument --expect: must be 0 or more, not -1"),
-        (["--expect", "1.5"], "argument --expect: must be an integer such as 1025, not 1.5"),
-        (["--ignore", "typo"], "argument --ignore: invalid choice: 'typo'"),
         (["--json", "no/such/folder/file"], "cannot write to no/such/folder/file: No such file"),
-        (["--timeout", "-1"], "argument --timeout: must be a number above 0"),
-        (["--timeout", "nan"], "argument --timeout: must be a number above 0"),
-        (["--"], "expected a command after --"),
-        (["--", ""], "expected a command after --"),
         (["--handler", "exits:x"], "SystemExit: 5"),
-        (["--json", "--print"], "not allowed with"),
     ],
 )
-def test_usage_errors_of_ci_options(arguments: list[str], text: str, tmp_path: Path) -> None:
+def test_start_errors(arguments: list[str], text: str, tmp_path: Path) -> None:
     (tmp_path / "exits.py").write_text("import sys; sys.exit(5)")
     completed = command("-p", "0", *arguments, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert completed.returncode == 2
