@@ -384,6 +384,7 @@ CANNOT_VERIFY = Reply(252, "2.5.0", "Cannot VRFY the address, but will accept me
 TOO_MANY_CONNECTIONS = Reply(421, "4.3.2", "Too many connections")
 SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down")
 TIMED_OUT = Reply(421, "4.4.2", "Idle timeout")
+TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
 
 
 # --- Text for the log ------------------------------------------------------------------
@@ -502,10 +503,8 @@ def parse_parameters(
     for parameter in filter(None, text.split(" ")):
         keyword, equals, value = parameter.partition("=")
         # str.upper() converts some letters outside ASCII to ASCII letters.
-        if not keyword.isascii() or keyword.upper() not in known:
-            raise SMTPError(555, "5.5.4", "Unknown parameter")
-        keyword = keyword.upper()
-        extension, pattern = known[keyword]
+        keyword = keyword.upper() if keyword.isascii() else ""
+        extension, pattern = known.get(keyword, ("", ""))
         if extension not in extensions:
             raise SMTPError(555, "5.5.4", "Unknown parameter")
         if keyword in parameters:
@@ -699,14 +698,11 @@ def _file_name(part: email.message.Message) -> str:
 
 
 def _decode_payload(part: email.message.Message) -> bytes:
-    try:
+    with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
         if part.is_multipart():  # an attached message
-            payload: object = part.as_bytes().partition(b"\n\n")[2]
-        else:
-            payload = part.get_payload(decode=True)
-    except Exception:  # the decoders raise many kinds of errors
-        payload = None
-    return payload if isinstance(payload, bytes) else b""
+            return part.as_bytes().partition(b"\n\n")[2]
+        return bytes(part.get_payload(decode=True))
+    return b""
 
 
 def _decode_first_part(message: email.message.Message, content_type: str) -> str:
@@ -848,9 +844,7 @@ def lint(content: bytes, mail_options: Mapping[str, str]) -> list[str]:
 
     The content is searched as a whole, without splitting it into lines.
     """
-    warnings = []
-    if not is_binary(mail_options):
-        warnings += _lint_lines(content)
+    warnings = [] if is_binary(mail_options) else _lint_lines(content)
     header = header_section(content)
     if "SMTPUTF8" not in mail_options and not header.isascii():
         warnings.append(warning("utf8-header"))
@@ -1038,9 +1032,7 @@ class Rules:
     """The failure rules of a server. Raises ValueError for a rule that does not parse."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self._by_verb: dict[str, list[Rule]] = {}
-        for rule in map(parse_rule, texts):
-            self._by_verb.setdefault(rule.verb, []).append(rule)
+        self._rules = [parse_rule(text) for text in texts]
 
     def matching_actions(
         self, verb: str, get_text: Callable[[], str], peer: str
@@ -1050,13 +1042,15 @@ class Rules:
         get_text() returns the text to match with the patterns. peer is for the log.
         """
         actions: list[Reply | Delay | Close] = []
-        for rule in self._by_verb.get(verb, []):
-            if not rule.remaining or not fnmatchcase(get_text().lower(), rule.pattern):
+        for rule in self._rules:
+            if rule.verb != verb or not rule.remaining:
+                continue
+            if not fnmatchcase(get_text().lower(), rule.pattern):
                 continue
             rule.remaining -= 1
             log.info(RULE_APPLIES, peer, rule.text)
             actions += rule.actions
-            if not (rule.actions and isinstance(rule.actions[0], Delay)):
+            if not any(isinstance(action, Delay) for action in rule.actions):
                 break
         return actions
 
@@ -1075,18 +1069,10 @@ class Transaction:
     rcpt_arguments: int = 0
     """Octets of the arguments of all RCPT commands."""
     content: bytearray = field(default_factory=bytearray)
-    warnings: list[str] = field(default_factory=list)
-    """Warnings about the addresses."""
     chunks: int = 0
     """How many BDAT commands were accepted."""
     error: SMTPError | None = None
     """Why the content is discarded. The client gets it at the end of the content."""
-
-    def warn_about(self, address: str) -> None:
-        """Add a warning about an address that not every server accepts."""
-        _, at, domain = address.rpartition("@")
-        if at and "_" in domain and (text := warning("address-syntax")) not in self.warnings:
-            self.warnings.append(text)
 
 
 @dataclass(frozen=True)
@@ -1204,8 +1190,6 @@ class Session:
         self.user: str | None = None
         self.transaction: Transaction | None = None
         self._shared = SharedState(config) if shared is None else shared
-        self._has_pipelining = "PIPELINING" in config.extensions
-        self._has_status_codes = "ENHANCEDSTATUSCODES" in config.extensions
         self._reserved = 0  # the part of shared.reserved that belongs to this session
         self.closed = False
         """Whether the session has ended, so that the connection is to be closed."""
@@ -1218,7 +1202,6 @@ class Session:
         self._envelope: Envelope | None = None  # the message that waits for its reply
         self._refusal_detail = ""  # what the log says about the refusal of the last command
         self._messages = 0  # how many messages were accepted
-        self._plaintext_login = False  # without TLS, although the server offers it
         self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
         self._protocol_warnings: list[str] = []
         self._errors = 0
@@ -1233,7 +1216,7 @@ class Session:
         """
         self.feed(data)
         self._now = now
-        while (action := self._next_action()) is not None:
+        while not self.closed and (action := self._next_action()) is not None:
             yield action
 
     def feed(self, data: bytes) -> None:
@@ -1252,16 +1235,19 @@ class Session:
         try:
             action = self._state()
         except SMTPError as error:
-            action = self._count_error(error.reply)
+            action = error.reply
+            if action.code >= 500:
+                self._errors += 1
+            if self._errors > MAX_ERRORS:  # RFC 5321 section 4.3.2
+                action = TOO_MANY_ERRORS
         if isinstance(action, Reply):
             return self._finish_reply(action)
-        if isinstance(action, Close):
-            self._end()
+        self.closed = isinstance(action, Close)
         return action
 
     def _finish_reply(self, reply: Reply) -> Reply:
         """Log a reply, and return it as it is sent."""
-        if not self._has_status_codes:
+        if "ENHANCEDSTATUSCODES" not in self.config.extensions:
             reply = Reply(reply.code, "", reply.text)
         self._log_reply(reply)
         if reply.code < 400:
@@ -1271,20 +1257,7 @@ class Session:
         if self._envelope is not None:  # the reply to a message: nothing needs its content now
             self._envelope = None
             self._reserve(0)
-        if reply.closes_connection:
-            self._end()
-        return reply
-
-    def _end(self) -> None:
-        self.closed = True
-        self._state = self._discard
-
-    def _count_error(self, reply: Reply) -> Reply:
-        """Return the reply to an error, or 421 after too many (RFC 5321 section 4.3.2)."""
-        if reply.code >= 500:
-            self._errors += 1
-        if self._errors > MAX_ERRORS:
-            return Reply(421, "4.7.0", "Too many errors")
+        self.closed = reply.closes_connection
         return reply
 
     def _drop_transaction(self) -> None:
@@ -1389,10 +1362,6 @@ class Session:
             raise SMTPError(503, "5.5.1", "Only QUIT is allowed after a refused greeting")
         return BYE
 
-    def _discard(self) -> None:
-        """State: the connection is about to be closed."""
-        self._buffer.clear()
-
     # Command lines
 
     def _read_first_command(self) -> Action | None:
@@ -1412,10 +1381,8 @@ class Session:
         line = self._read_line()
         if line is None:
             return None
-        if line.endswith(b"\r\n"):
-            self._line_end = b"\r\n"
-        else:
-            self._line_end = b"\n"
+        self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
+        if self._line_end == b"\n":
             self._warn(warning("bare-lf", "after a command"))
         text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" \t")
         verb, _, argument = text.partition(" ")
@@ -1426,23 +1393,24 @@ class Session:
 
     def _execute(self, verb: str, argument: str) -> Action | None:
         extension = _COMMAND_EXTENSIONS.get(verb)
-        if extension and extension not in self.config.extensions:
+        is_disabled = extension is not None and extension not in self.config.extensions
+        if is_disabled or verb in _UNIMPLEMENTED_VERBS:
             raise SMTPError(502, "5.5.1", "Command not implemented")
         if verb == "BDAT":  # applies the rules when it knows the size of the chunk
             return self._bdat(argument)
         if verb in _COMMANDS:
             command = partial(self._run_command, verb, argument)
             return self._apply_rules(verb, lambda: rule_text(argument), command)
-        if verb in _UNIMPLEMENTED_VERBS:
-            raise SMTPError(502, "5.5.1", "Command not implemented")
         if verb in _HTTP_VERBS:
             raise SMTPError(421, "4.7.0", "HTTP request refused")
         raise SMTPError(500, "5.5.2", "Command not recognized")
 
     def _run_command(self, verb: str, argument: str) -> Action | None:
-        if not self._has_pipelining:
+        if "PIPELINING" not in self.config.extensions:
             self._warn_if_pipelined(f"the reply to {verb}")
         self._require_permission(verb)
+        if argument and verb in _NO_ARGUMENT:
+            raise SMTPError(501, "5.5.4", "No argument allowed")
         return _COMMANDS[verb](self, argument)
 
     def _require_permission(self, verb: str) -> None:
@@ -1568,11 +1536,6 @@ class Session:
         if transaction.error is not None:
             raise transaction.error
         content = bytes(transaction.content)
-        warnings = self._protocol_warnings + transaction.warnings
-        warnings += lint(content, transaction.mail_options)
-        if self._plaintext_login:
-            warnings.append(warning("plaintext-auth"))
-        self._protocol_warnings.clear()
         transaction.content.clear()  # do not hold a large message twice
         envelope = Envelope(
             peer=self.peer,
@@ -1586,12 +1549,22 @@ class Session:
             rcpt_options=transaction.rcpt_options,
             content=content,
             received=datetime.fromtimestamp(self._now, timezone.utc),
-            warnings=[
-                text for text in warnings if text.partition(":")[0] not in self.config.ignore
-            ],
+            warnings=self._message_warnings(transaction, content),
         )
         self._envelope = envelope
         return self._apply_rules(".", lambda: envelope.subject, partial(self._accept, envelope))
+
+    def _message_warnings(self, transaction: Transaction, content: bytes) -> list[str]:
+        """Return the warnings about the message and the dialogue before it."""
+        warnings = self._protocol_warnings
+        self._protocol_warnings = []
+        addresses = [transaction.mail_from, *transaction.rcpt_tos]
+        if any("_" in address.rpartition("@")[2] for address in addresses if "@" in address):
+            warnings.append(warning("address-syntax"))
+        warnings += lint(content, transaction.mail_options)
+        if self.user is not None and not self.tls and self.config.tls is not None:
+            warnings.append(warning("plaintext-auth"))
+        return [text for text in warnings if text.partition(":")[0] not in self.config.ignore]
 
     def _protocol(self, transaction: Transaction) -> str:
         """Return the protocol for the Received field (RFC 3848, RFC 6531 section 4.3)."""
@@ -1627,7 +1600,6 @@ class Session:
     # return None, if its octets have not arrived.
 
     def _ehlo(self, argument: str) -> Reply:
-        self._warn_if_pipelined("the reply to EHLO")
         self._set_helo("EHLO", argument)
         self.extended = True
         lines = [HOSTNAME, *filter(None, map(self._extension_line, self.config.extensions))]
@@ -1645,12 +1617,12 @@ class Session:
         return keyword
 
     def _helo(self, argument: str) -> Reply:
-        self._warn_if_pipelined("the reply to HELO")
         self._set_helo("HELO", argument)
         self.extended = False
         return Reply(250, "", HOSTNAME)
 
     def _set_helo(self, verb: str, argument: str) -> None:
+        self._warn_if_pipelined(f"the reply to {verb}")
         if not _HELO_ARGUMENT.fullmatch(argument):
             raise SMTPError(501, "5.5.4", f"Syntax: {verb} hostname")
         self._drop_transaction()  # RFC 5321 section 4.1.4
@@ -1674,7 +1646,6 @@ class Session:
         if 0 < self.config.max_size < int(mail_options.get("SIZE", 0)):
             raise SMTPError(552, "5.3.4", "Message exceeds the maximum size")
         self.transaction = Transaction(mail_from, mail_options)
-        self.transaction.warn_about(mail_from)
         return SENDER_OK
 
     def _rcpt(self, argument: str) -> Reply:
@@ -1683,8 +1654,8 @@ class Session:
             raise SMTPError(503, "5.5.1", "Send MAIL first")
         if transaction.chunks:
             raise SMTPError(503, "5.5.1", "RCPT is not allowed after BDAT")
-        octets = argument.encode("utf-8", "surrogateescape")
-        rcpt_arguments = transaction.rcpt_arguments + len(octets)
+        rcpt_arguments = transaction.rcpt_arguments
+        rcpt_arguments += len(argument.encode("utf-8", "surrogateescape"))
         if len(transaction.rcpt_tos) >= MAX_RECIPIENTS or rcpt_arguments > MAX_RCPT_ARGUMENTS:
             # RFC 5321 section 4.5.3.1.10
             raise SMTPError(452, "4.5.3", "Too many recipients")
@@ -1695,7 +1666,6 @@ class Session:
         rcpt_to = parse_mailbox(match["path"], "5.1.3")
         _require_smtputf8(rcpt_to, transaction.mail_options)
         _require_smtputf8(rcpt_options.get("ORCPT", ""), transaction.mail_options)
-        transaction.warn_about(rcpt_to)
         transaction.rcpt_arguments = rcpt_arguments
         transaction.rcpt_tos.append(rcpt_to)
         transaction.rcpt_options.append(rcpt_options)
@@ -1709,7 +1679,6 @@ class Session:
         return parse_parameters(text or "", known, self.config.extensions)
 
     def _data(self, argument: str) -> Reply:
-        _require_no_argument(argument)
         transaction = self._require_recipients()
         # RFC 3030 sections 2 and 3
         if transaction.chunks:
@@ -1750,7 +1719,6 @@ class Session:
         return self.transaction
 
     def _rset(self, argument: str) -> Reply:
-        _require_no_argument(argument)
         self._drop_transaction()
         return OK
 
@@ -1758,7 +1726,6 @@ class Session:
         return OK
 
     def _quit(self, argument: str) -> Reply:
-        _require_no_argument(argument)
         return BYE
 
     def _vrfy(self, argument: str) -> Reply:
@@ -1770,7 +1737,6 @@ class Session:
         return Reply(214, "2.0.0", "Commands:\n" + " ".join(_COMMANDS))
 
     def _starttls(self, argument: str) -> Reply:
-        _require_no_argument(argument)
         if self.tls:
             raise SMTPError(503, "5.5.1", "TLS is already active")
         if self.config.tls is None:
@@ -1785,7 +1751,6 @@ class Session:
         self.tls = True
         self._drop_transaction()
         self.helo = self.user = None
-        self._plaintext_login = False
         self._state = self._read_command
         return StartTLS()
 
@@ -1847,7 +1812,6 @@ class Session:
             problem = "wrong password"
         else:
             self.user = user.decode("utf-8", "replace")
-            self._plaintext_login = self.config.tls is not None and not self.tls
             return LOGIN_SUCCEEDED
         self._refusal_detail = f" (user '{escape_unprintable(name)}': {problem})"
         raise SMTPError(535, "5.7.8", "Authentication failed")
@@ -1880,11 +1844,6 @@ _UNIMPLEMENTED_VERBS = "EXPN TURN ETRN ATRN SEND SOML SAML".split()
 _TLS_HANDSHAKE = b"\x16\x03"
 # The first words of HTTP requests: a web page can make a browser send one to any port.
 _HTTP_VERBS = "GET POST PUT HEAD OPTIONS CONNECT DELETE PATCH PRI HOST:".split()
-
-
-def _require_no_argument(argument: str) -> None:
-    if argument:
-        raise SMTPError(501, "5.5.4", "No argument allowed")
 
 
 def _require_smtputf8(address: str, mail_options: dict[str, str]) -> None:
