@@ -242,7 +242,9 @@ class Config:
     @cached_property
     def extensions(self) -> list[str]:
         """The keywords of EXTENSIONS that are not disabled."""
-        disabled = {*self.without, *([] if self.smtputf8 else ["SMTPUTF8"])}
+        disabled = set(self.without)
+        if not self.smtputf8:
+            disabled.add("SMTPUTF8")
         if disabled & {"8BITMIME", "CHUNKING"}:  # RFC 3030 section 3
             disabled.add("BINARYMIME")
         return [word for word in EXTENSIONS if word not in disabled]
@@ -275,11 +277,9 @@ def _require_type(name: str, value: object, types: tuple[type, ...], expected: s
         raise TypeError(f"{name}: must be {expected}, not {value!r}")
 
 
-def _require_strings(name: str, texts: object) -> None:
-    is_valid = False
-    if isinstance(texts, Iterable) and not isinstance(texts, str):
-        is_valid = all(isinstance(text, str) for text in texts)
-    if not is_valid:
+def _require_strings(name: str, texts: Any) -> None:
+    is_list = isinstance(texts, Iterable) and not isinstance(texts, str)
+    if not is_list or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{name}: must be a list of strings, not {texts!r}")
 
 
@@ -333,9 +333,9 @@ class Reply:
         """The reply as it is sent."""
         # RFC 2034 section 4: the status code is on every line.
         status = f"{self.status} " if self.status else ""
-        *lines, last = [status + line for line in self.text.split("\n")]
-        rows = [f"{self.code}-{line}\r\n" for line in lines] + [f"{self.code} {last}\r\n"]
-        return "".join(rows).encode("ascii", "replace")
+        lines = [f"{self.code}-{status}{line}\r\n" for line in self.text.split("\n")]
+        lines[-1] = lines[-1].replace("-", " ", 1)
+        return "".join(lines).encode("ascii", "replace")
 
     def __str__(self) -> str:
         words = [str(self.code), self.status, *self.text.split("\n")]
@@ -360,9 +360,8 @@ class SMTPError(Exception):
     reply = DELIVERY_FAILED  # for a subclass that does not call __init__()
 
     def __init__(self, code: int, status: str, text: str) -> None:
-        if code // 100 not in (4, 5) or not re.fullmatch(
-            rf"{code // 100}(\.\d{{1,3}}){{2}}", status
-        ):
+        status_pattern = rf"{code // 100}(\.\d{{1,3}}){{2}}"
+        if code // 100 not in (4, 5) or not re.fullmatch(status_pattern, status):
             raise ValueError(f"not an error code with its enhanced status code: {code} {status}")
         super().__init__(code, status, text)
         self.reply = Reply(code, status, " ".join(text.split()))
@@ -647,12 +646,10 @@ _ENCODED_WORDS = f"(?i){_ENCODED_WORD}(?: {_ENCODED_WORD})*"
 
 
 def _decode_words(match: re.Match[str]) -> str:
-    if len(match[0]) > MAX_ENCODED_LENGTH:
-        return match[0]
-    try:
-        return str(email.header.make_header(email.header.decode_header(match[0])))
-    except Exception:  # the decoders raise many kinds of errors
-        return match[0]
+    if len(match[0]) <= MAX_ENCODED_LENGTH:
+        with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
+            return str(email.header.make_header(email.header.decode_header(match[0])))
+    return match[0]
 
 
 @lru_cache
@@ -691,17 +688,16 @@ def _is_text(part: email.message.Message) -> bool:
 
 
 def _file_name(part: email.message.Message) -> str:
-    try:
+    with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
         return " ".join((part.get_filename() or "").split())
-    except Exception:  # the decoders raise many kinds of errors
-        return ""
+    return ""
 
 
 def _decode_payload(part: email.message.Message) -> bytes:
     with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
         if part.is_multipart():  # an attached message
             return part.as_bytes().partition(b"\n\n")[2]
-        return bytes(part.get_payload(decode=True))
+        return bytes(part.get_payload(decode=True) or b"")
     return b""
 
 
@@ -933,6 +929,8 @@ RULE_VERBS = (
     "CONNECT EHLO HELO STARTTLS AUTH MAIL RCPT DATA BDAT . RSET NOOP QUIT VRFY HELP".split()
 )
 
+RuleAction = Reply | Delay | Close
+
 
 @dataclass
 class Rule:
@@ -947,7 +945,7 @@ class Rule:
     (MAIL, RCPT), the decoded subject (.), or the argument of other commands."""
     remaining: float
     """How many more times the rule applies."""
-    actions: list[Reply | Delay | Close]
+    actions: list[RuleAction]
     """What to do; [] lets the command proceed. The next rules apply only after a Delay."""
 
 
@@ -1009,7 +1007,7 @@ def _never_matches(verb: str, pattern: str) -> str:
     return ""
 
 
-def _rule_actions(match: re.Match[str]) -> list[Reply | Delay | Close]:
+def _rule_actions(match: re.Match[str]) -> list[RuleAction]:
     if match["delay"]:
         return [Delay(float(match["delay"]))]
     if match["word"]:
@@ -1036,12 +1034,12 @@ class Rules:
 
     def matching_actions(
         self, verb: str, get_text: Callable[[], str], peer: str
-    ) -> list[Reply | Delay | Close]:
+    ) -> list[RuleAction]:
         """Return the actions of the rules that match: delays, then a Reply, Close, or both.
 
         get_text() returns the text to match with the patterns. peer is for the log.
         """
-        actions: list[Reply | Delay | Close] = []
+        actions: list[RuleAction] = []
         for rule in self._rules:
             if rule.verb != verb or not rule.remaining:
                 continue
@@ -1329,7 +1327,7 @@ class Session:
         return self._next_rule_action(actions, self._state, proceed)
 
     def _next_rule_action(
-        self, actions: list[Reply | Delay | Close], resume: State, proceed: State
+        self, actions: list[RuleAction], resume: State, proceed: State
     ) -> Action | None:
         """State: return the actions one by one, then proceed() if all of them were delays."""
         if len(actions) > 1 or (actions and isinstance(actions[0], Delay)):
