@@ -765,9 +765,11 @@ def parse_html(document: str) -> tuple[str, list[str]]:
         name = tag[1].lower() if tag else ""
         if name == "a":
             url = _link_url(markup[0])
-            urls += [url] if url else []
+            if url:
+                urls.append(url)
         elif name == "/a" and url:
-            text.append("" if url in text[-1] else f" <{url}>")
+            if url not in text[-1]:
+                text.append(f" <{url}>")
             url = ""
         elif name.lstrip("/") in _LINE_ELEMENTS:
             text.append("\n")
@@ -950,7 +952,7 @@ class Rule:
 
 
 # Commands without an argument: a pattern other than * never matches.
-_NO_ARGUMENT = ["STARTTLS", "DATA", "RSET", "QUIT"]
+_NO_ARGUMENT = {"STARTTLS", "DATA", "RSET", "QUIT"}
 
 _VERB_PATTERN = rf"\s*({'|'.join(map(re.escape, RULE_VERBS))})(?=\s|$)"
 _GLOB_PATTERN = r"\s+(\S+)"
@@ -1199,7 +1201,7 @@ class Session:
         self._last_verb = ""  # of the last command but QUIT
         self._envelope: Envelope | None = None  # the message that waits for its reply
         self._refusal_detail = ""  # what the log says about the refusal of the last command
-        self._messages = 0  # how many messages were accepted
+        self._has_sent_message = False  # whether a message was accepted
         self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
         self._protocol_warnings: list[str] = []
         self._errors = 0
@@ -1225,8 +1227,12 @@ class Session:
         """Discard the transaction. reply is the last one of the connection, for the log."""
         if reply is not None:
             self._log_reply(reply)
-        if not self._messages:
-            self._log_no_message()
+        if not self._has_sent_message:
+            last = self._masked(self._last_verb) or "the greeting"
+            hint = ""
+            if self.config.tls is None and last in ("EHLO", "STARTTLS"):
+                hint = " (the client may require TLS: see --tls)"
+            log.debug("%s: Closed without a message after %s%s", self.peer, last, hint)
         self._drop_transaction()
 
     def _next_action(self) -> Action | None:
@@ -1283,21 +1289,13 @@ class Session:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s C: %s", self.peer, self._masked(line))
 
-    def _log_no_message(self) -> None:
-        hint = ""
-        if self.config.tls is None and self._last_verb in ("EHLO", "STARTTLS"):
-            hint = " (the client may require TLS: see --tls)"
-        last = self._masked(self._last_verb) or "the greeting"
-        log.debug("%s: Closed without a message after %s%s", self.peer, last, hint)
-
     def _report_refusal(self, reply: Reply) -> None:
-        if self._envelope is not None:
-            verb, argument = ".", self._envelope.summary()
-        else:
-            verb, _, argument = self._masked(self._command).partition(" ")
-        now = datetime.fromtimestamp(self._now, timezone.utc)
+        verb, _, argument = self._masked(self._command).partition(" ")
         if verb.isalpha() and verb.isascii():
             verb = verb.upper()
+        if self._envelope is not None:
+            verb, argument = ".", self._envelope.summary()
+        now = datetime.fromtimestamp(self._now, timezone.utc)
         refusal = Refusal(now, self.peer, verb, argument, reply)
         self._shared.report_refusal(refusal, self._refusal_detail)
 
@@ -1364,14 +1362,13 @@ class Session:
 
     def _read_first_command(self) -> Action | None:
         """State: recognize a client that expects TLS."""
-        if _TLS_HANDSHAKE.startswith(bytes(self._buffer[: len(_TLS_HANDSHAKE)])):
-            if len(self._buffer) < len(_TLS_HANDSHAKE):
-                return None
-            log.warning(
-                "%s: TLS on a plain connection; use --tls implicit, or STARTTLS in the client",
-                self.peer,
-            )
+        start = bytes(self._buffer[: len(_TLS_HANDSHAKE)])
+        if start == _TLS_HANDSHAKE:
+            hint = "use --tls implicit, or STARTTLS in the client"
+            log.warning("%s: TLS on a plain connection; %s", self.peer, hint)
             return Close()
+        if _TLS_HANDSHAKE.startswith(start):  # too few octets to tell
+            return None
         self._state = self._read_command
         return self._read_command()
 
@@ -1557,7 +1554,8 @@ class Session:
         warnings = self._protocol_warnings
         self._protocol_warnings = []
         addresses = [transaction.mail_from, *transaction.rcpt_tos]
-        if any("_" in address.rpartition("@")[2] for address in addresses if "@" in address):
+        domains = [address.rpartition("@")[2] for address in addresses if "@" in address]
+        if "_" in " ".join(domains):
             warnings.append(warning("address-syntax"))
         warnings += lint(content, transaction.mail_options)
         if self.user is not None and not self.tls and self.config.tls is not None:
@@ -1591,7 +1589,7 @@ class Session:
         """State: the connection has performed the delivery."""
         self._state = self._read_command
         if delivery.reply.code < 400:
-            self._messages += 1
+            self._has_sent_message = True
         return delivery.reply
 
     # Commands: one method for each verb. Each returns its reply or raises SMTPError; BDAT may also
@@ -1599,7 +1597,6 @@ class Session:
 
     def _ehlo(self, argument: str) -> Reply:
         self._set_helo("EHLO", argument)
-        self.extended = True
         lines = [HOSTNAME, *filter(None, map(self._extension_line, self.config.extensions))]
         return Reply(250, "", "\n".join(lines))
 
@@ -1616,7 +1613,6 @@ class Session:
 
     def _helo(self, argument: str) -> Reply:
         self._set_helo("HELO", argument)
-        self.extended = False
         return Reply(250, "", HOSTNAME)
 
     def _set_helo(self, verb: str, argument: str) -> None:
@@ -1625,6 +1621,7 @@ class Session:
             raise SMTPError(501, "5.5.4", f"Syntax: {verb} hostname")
         self._drop_transaction()  # RFC 5321 section 4.1.4
         self.helo = argument
+        self.extended = verb == "EHLO"
 
     def _mail(self, argument: str) -> Reply:
         if self.helo is None:
@@ -1672,9 +1669,11 @@ class Session:
     def _parse_parameters(
         self, text: str | None, known: Mapping[str, tuple[str, str]]
     ) -> dict[str, str]:
-        if text and not self.extended:
+        if not text:
+            return {}
+        if not self.extended:
             raise SMTPError(555, "5.5.4", "Parameters require EHLO")
-        return parse_parameters(text or "", known, self.config.extensions)
+        return parse_parameters(text, known, self.config.extensions)
 
     def _data(self, argument: str) -> Reply:
         transaction = self._require_recipients()
@@ -1834,10 +1833,10 @@ _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
 }
 # {command: the extension that it belongs to}
 _COMMAND_EXTENSIONS = {"BDAT": "CHUNKING", "HELP": "HELP", "STARTTLS": "STARTTLS", "AUTH": "AUTH"}
-_ALLOWED_BEFORE_TLS = ["EHLO", "HELO", "NOOP", "RSET", "QUIT", "HELP", "STARTTLS"]
-_REQUIRE_AUTH = ["MAIL", "RCPT", "DATA", "BDAT", "VRFY"]
+_ALLOWED_BEFORE_TLS = {"EHLO", "HELO", "NOOP", "RSET", "QUIT", "HELP", "STARTTLS"}
+_REQUIRE_AUTH = {"MAIL", "RCPT", "DATA", "BDAT", "VRFY"}
 # RFC 5321 section 4.2.4: 502 is for commands that the server knows but does not implement.
-_UNIMPLEMENTED_VERBS = "EXPN TURN ETRN ATRN SEND SOML SAML".split()
+_UNIMPLEMENTED_VERBS = {"EXPN", "TURN", "ETRN", "ATRN", "SEND", "SOML", "SAML"}
 # The content type and the version of a TLS record with a ClientHello (RFC 8446 section 5.1)
 _TLS_HANDSHAKE = b"\x16\x03"
 # The first words of HTTP requests: a web page can make a browser send one to any port.
