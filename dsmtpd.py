@@ -93,7 +93,7 @@ MAX_RCPT_ARGUMENTS = 512 * 1024
 # value is the default of smtpd_hard_error_limit in Postfix.
 MAX_ERRORS = 20
 
-# Warnings of one kind that the program logs in a minute, so that a client in a loop cannot fill
+# Warnings of one kind that the program logs per minute, so that a client in a loop cannot fill
 # the disk.
 MAX_LOGGED_WARNINGS = 100
 
@@ -137,11 +137,11 @@ SLOW_DELIVERY = 0.01
 # because of --expect, --timeout or the end of the command.
 HANDLER_TIMEOUT = 10.0
 
-# Seconds without progress after which a delivery and the end of the program do not wait any
-# longer for an output that nobody reads.
+# Seconds without progress after which a delivery, and the end of the program, no longer wait for
+# an output that nobody reads.
 OUTPUT_TIMEOUT = 2.0
 
-# Octets of messages and events that may wait for such an output.
+# Octets of messages and events that may wait for an output that nobody reads.
 MAX_WAITING_OUTPUT = 64 * 1024 * 1024
 
 # Characters of each part of a message that --print shows.
@@ -153,8 +153,8 @@ KILL_TIMEOUT = 5.0
 # Maximum bytes of one read from a client.
 READ_SIZE = 65_536
 
-# Bytes of the replies to pipelined commands that are written together. Then the other sessions
-# have their turn.
+# Bytes of the replies to pipelined commands that are written together; after that, the other
+# sessions have their turn.
 WRITE_SIZE = 4096
 
 
@@ -225,9 +225,9 @@ class Config:
         for word in self.without:
             if word not in EXTENSIONS:
                 raise ValueError(f"without: must be one of {', '.join(EXTENSIONS)}, not {word}")
-        self._check_tls()
+        self._check_combinations()
 
-    def _check_tls(self) -> None:
+    def _check_combinations(self) -> None:
         if self.tls == "required" and "STARTTLS" in self.without:
             raise ValueError("without: tls=required needs STARTTLS")
         if self.auth and "AUTH" in self.without:
@@ -251,13 +251,12 @@ class Config:
 
     def _check_types(self) -> None:
         path = (str, os.PathLike, type(None))
-        modes = f"one of {', '.join(TLS_MODES)}, or None"
         _require_type("interface", self.interface, (str,), "a string")
         _require_type("port", self.port, (int,), "an integer")
         _require_type("directory", self.directory, path, "a path or None")
         _require_type("max_size", self.max_size, (int,), "an integer")
         _require_type("smtputf8", self.smtputf8, (bool,), "True or False")
-        _require_type("tls", self.tls, (str, type(None)), modes)
+        _require_type("tls", self.tls, (str, type(None)), f"one of {', '.join(TLS_MODES)}, or None")
         _require_type("cert", self.cert, path, "a path or None")
         _require_type("key", self.key, path, "a path or None")
         _require_type("strict", self.strict, (bool,), "True or False")
@@ -458,8 +457,8 @@ _RCPT_ARGUMENT = re.compile("TO" + _PATH_AND_PARAMETERS, re.IGNORECASE | re.ASCI
 # stand for bytes that are not UTF-8.
 _HELO_ARGUMENT = re.compile(rf"[^{_CONTROL}\ud800-\udfff ]+")
 
-# bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2). Any rest is accepted here:
-# with the size, the octets of a refused chunk can be discarded.
+# bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2). Any rest is accepted here,
+# because the octets of a refused chunk can be discarded only if its size is known.
 _BDAT_ARGUMENT = re.compile("0*(?P<size>[0-9]{1,20})(?P<rest>(?![0-9]).*)")
 
 # xtext = *( xchar / hexchar ) (RFC 3461 section 4)
@@ -472,7 +471,9 @@ _PRINTABLE_XTEXT = r"(?:[!-*,-<>-~]|\+(?:[2-6][0-9A-F]|7[0-9A-E]))+"
 _UTF8_ADDRESS = r"(?:[!-*,-<>-\[\]-~]|\\x\{[0-9A-F]{2,6}\}|[^\x00-\x9f\u2028\u2029])+"
 
 # {keyword: (extension, regular expression for what follows the keyword)}
-MAIL_PARAMETERS = {
+Parameters = Mapping[str, tuple[str, str]]
+
+MAIL_PARAMETERS: Parameters = {
     "SIZE": ("SIZE", "=[0-9]{1,20}"),  # RFC 1870 section 3
     "BODY": ("8BITMIME", "=(?:7BIT|8BITMIME|BINARYMIME)"),  # RFC 6152, RFC 3030 section 3
     "SMTPUTF8": ("SMTPUTF8", ""),  # RFC 6531 section 3.4
@@ -480,7 +481,7 @@ MAIL_PARAMETERS = {
     "RET": ("DSN", "=(?:FULL|HDRS)"),  # RFC 3461 section 4.3
     "ENVID": ("DSN", f"={_PRINTABLE_XTEXT}"),  # RFC 3461 section 4.4
 }
-RCPT_PARAMETERS = {
+RCPT_PARAMETERS: Parameters = {
     # RFC 3461 section 4.1
     "NOTIFY": ("DSN", "=(?:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)"),
     # RFC 3461 section 4.2
@@ -488,9 +489,7 @@ RCPT_PARAMETERS = {
 }
 
 
-def parse_parameters(
-    text: str, known: Mapping[str, tuple[str, str]], extensions: Sequence[str]
-) -> dict[str, str]:
+def parse_parameters(text: str, known: Parameters, extensions: Sequence[str]) -> dict[str, str]:
     """Mail-parameters / Rcpt-parameters = esmtp-param *(SP esmtp-param)
 
     known is MAIL_PARAMETERS or RCPT_PARAMETERS, and extensions are those that the server
@@ -600,8 +599,7 @@ class Envelope:
         """The decoded Subject field as one line; "" if there is none."""
         match = re.match(_SUBJECT_FIELD, self.content[:SUBJECT_SEARCH_SIZE])
         body = match["body"].decode("utf-8", "replace") if match else ""
-        text = re.sub(_ENCODED_WORDS, _decode_words, " ".join(body.split()))
-        return " ".join(text.encode("utf-8", "replace").decode().split())
+        return _one_line(re.sub(_ENCODED_WORDS, _decode_words, " ".join(body.split())))
 
     @cached_property
     def text(self) -> str:
@@ -652,6 +650,11 @@ def _decode_words(match: re.Match[str]) -> str:
     return match[0]
 
 
+def _one_line(text: str) -> str:
+    """Return the text as one line; surrogates, which cannot be encoded, become "?"."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
 @lru_cache
 def _lenient_policy() -> email.policy.EmailPolicy:
     import email.policy  # only for this, because it imports most of the email package
@@ -665,7 +668,7 @@ def _lenient_policy() -> email.policy.EmailPolicy:
             try:
                 return super().header_fetch_parse(name, value)
             except Exception:  # the parser raises many kinds of errors
-                return " ".join(value.encode("utf-8", "replace").decode().split())
+                return _one_line(value)
 
     return LenientPolicy()
 
@@ -736,6 +739,7 @@ _MARKUP = re.compile(
 )
 _TAG_NAME = re.compile(r"<(/?[a-z][a-z0-9]*)", re.IGNORECASE)
 _HREF = re.compile(r"""\shref\s*=\s*("[^"]*"|'[^']*'|[^\s>"']+)""", re.IGNORECASE)
+# Elements that begin or end a line
 _LINE_ELEMENTS = "br dd div dt h1 h2 h3 h4 h5 h6 hr li ol p pre table tr ul".split()
 
 
@@ -864,7 +868,8 @@ def _lint_lines(content: bytes) -> list[str]:
 def _has_long_line(content: bytes) -> bool:
     """Return whether a line has over 998 octets.
 
-    Searching backwards in a window of a line and its CRLF skips the short lines in it.
+    Each search goes backwards from where the longest valid line would end, and so skips the
+    shorter lines before that.
     """
     start = 0
     while start + _MAX_LINE_LENGTH < len(content):
@@ -931,6 +936,7 @@ RULE_VERBS = (
     "CONNECT EHLO HELO STARTTLS AUTH MAIL RCPT DATA BDAT . RSET NOOP QUIT VRFY HELP".split()
 )
 
+# What a rule can do
 RuleAction = Reply | Delay | Close
 
 
@@ -951,7 +957,7 @@ class Rule:
     """What to do; [] lets the command proceed. The next rules apply only after a Delay."""
 
 
-# Commands without an argument: a pattern other than * never matches.
+# Commands that allow no argument
 _NO_ARGUMENT = {"STARTTLS", "DATA", "RSET", "QUIT"}
 
 _VERB_PATTERN = rf"\s*({'|'.join(map(re.escape, RULE_VERBS))})(?=\s|$)"
@@ -1025,6 +1031,7 @@ def rule_text(argument: str) -> str:
     return match["path"] if match else argument
 
 
+# The program limits how often it logs this, as it does for warnings.
 RULE_APPLIES = "%s: rule %s"
 
 
@@ -1197,11 +1204,11 @@ class Session:
         self._searched = 0  # octets at the start of the buffer without a line end
         self._line_end = b"\r\n"  # the line end of the last command
         self._chunk_remaining = 0  # octets of the current BDAT chunk that have not arrived
-        self._command = ""  # the last command line
+        self._command = ""  # the last command line, or CONNECT and the address of the client
         self._last_verb = ""  # of the last command but QUIT
         self._envelope: Envelope | None = None  # the message that waits for its reply
         self._refusal_detail = ""  # what the log says about the refusal of the last command
-        self._has_sent_message = False  # whether a message was accepted
+        self._has_accepted_message = False
         self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
         self._protocol_warnings: list[str] = []
         self._errors = 0
@@ -1227,7 +1234,7 @@ class Session:
         """Discard the transaction. reply is the last one of the connection, for the log."""
         if reply is not None:
             self._log_reply(reply)
-        if not self._has_sent_message:
+        if not self._has_accepted_message:
             last = self._masked(self._last_verb) or "the greeting"
             hint = ""
             if self.config.tls is None and last in ("EHLO", "STARTTLS"):
@@ -1281,7 +1288,8 @@ class Session:
                 log.debug("%s S: %s", self.peer, escape_unprintable(line))
 
     def _begin_command(self, line: str, verb: str = "") -> None:
-        self._command, self._refusal_detail = line, ""
+        self._command = line
+        self._refusal_detail = ""
         if verb != "QUIT":
             self._last_verb = verb
         if "AUTH" in verb:  # "AUTHPLAIN" is a typing error that may have a secret as its argument
@@ -1337,13 +1345,12 @@ class Session:
     # The greeting
 
     def _connect(self) -> Action | None:
-        self._state = self._reject_command  # after a rule that refuses the client
+        self._state = self._reject_command  # for a rule that refuses the client
         address = self.peer.rpartition(":")[0].strip("[]")
         self._command = f"CONNECT {address}"
         return self._apply_rules("CONNECT", lambda: address, self._send_greeting)
 
     def _send_greeting(self) -> Reply:
-        self._command = ""
         self._warn_if_pipelined("the greeting")
         self._state = self._read_first_command
         return GREETING
@@ -1558,7 +1565,7 @@ class Session:
         if "_" in " ".join(domains):
             warnings.append(warning("address-syntax"))
         warnings += lint(content, transaction.mail_options)
-        if self.user is not None and not self.tls and self.config.tls is not None:
+        if self.user is not None and self.config.tls is not None and not self.tls:
             warnings.append(warning("plaintext-auth"))
         return [text for text in warnings if text.partition(":")[0] not in self.config.ignore]
 
@@ -1589,7 +1596,7 @@ class Session:
         """State: the connection has performed the delivery."""
         self._state = self._read_command
         if delivery.reply.code < 400:
-            self._has_sent_message = True
+            self._has_accepted_message = True
         return delivery.reply
 
     # Commands: one method for each verb. Each returns its reply or raises SMTPError; BDAT may also
@@ -1666,9 +1673,7 @@ class Session:
         transaction.rcpt_options.append(rcpt_options)
         return RECIPIENT_OK
 
-    def _parse_parameters(
-        self, text: str | None, known: Mapping[str, tuple[str, str]]
-    ) -> dict[str, str]:
+    def _parse_parameters(self, text: str | None, known: Parameters) -> dict[str, str]:
         if not text:
             return {}
         if not self.extended:
@@ -1694,9 +1699,8 @@ class Session:
         # If the command is refused, its octets must be discarded: they are not commands.
         self._chunk_remaining = int(match["size"])
         self._state = self._skip_chunk
-        return self._apply_rules(
-            "BDAT", lambda: argument, partial(self._begin_chunk, match["rest"])
-        )
+        begin_chunk = partial(self._begin_chunk, match["rest"])
+        return self._apply_rules("BDAT", lambda: argument, begin_chunk)
 
     def _begin_chunk(self, rest: str) -> Action | None:
         if rest and not re.fullmatch(" +LAST", rest, re.IGNORECASE | re.ASCII):
@@ -1814,8 +1818,8 @@ class Session:
         raise SMTPError(535, "5.7.8", "Authentication failed")
 
 
-# A new command also belongs in RULE_VERBS and, if it is part of an extension, in EXTENSIONS and
-# _COMMAND_EXTENSIONS.
+# A new command also belongs in RULE_VERBS; in _NO_ARGUMENT if it has no argument; and in EXTENSIONS
+# and _COMMAND_EXTENSIONS if it is part of an extension.
 _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
     "EHLO": Session._ehlo,
     "HELO": Session._helo,
