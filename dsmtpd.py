@@ -789,11 +789,14 @@ def _link_url(tag: str) -> str:
     return url if re.match(r"[a-z][a-z0-9+.-]*://", url, re.IGNORECASE) else ""
 
 
+_EMPTY_LINE = re.compile(rb"\n\r?\n")
+
+
 def header_section(content: bytes) -> bytes:
     """Return the content up to the first empty line."""
     if content.startswith((b"\n", b"\r\n")):
         return b""
-    match = re.search(rb"\n\r?\n", content)
+    match = _EMPTY_LINE.search(content)
     return content[: match.start()] if match else content
 
 
@@ -1336,11 +1339,12 @@ class Session:
         self, actions: list[RuleAction], resume: State, proceed: State
     ) -> Action | None:
         """State: return the actions one by one, then proceed() if all of them were delays."""
-        if len(actions) > 1 or (actions and isinstance(actions[0], Delay)):
-            self._state = partial(self._next_rule_action, actions[1:], resume, proceed)
-            return actions[0]
         self._state = resume
-        return actions[0] if actions else proceed()
+        if not actions:
+            return proceed()
+        if len(actions) > 1 or isinstance(actions[0], Delay):
+            self._state = partial(self._next_rule_action, actions[1:], resume, proceed)
+        return actions[0]
 
     # The greeting
 
