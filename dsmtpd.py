@@ -93,7 +93,7 @@ MAX_RCPT_ARGUMENTS = 512 * 1024
 # value is the default of smtpd_hard_error_limit in Postfix.
 MAX_ERRORS = 20
 
-# Warnings of one kind that the program logs in a minute, so that a client in a loop cannot fill
+# Warnings of one kind that the program logs per minute, so that a client in a loop cannot fill
 # the disk.
 MAX_LOGGED_WARNINGS = 100
 
@@ -137,11 +137,11 @@ SLOW_DELIVERY = 0.01
 # because of --expect, --timeout or the end of the command.
 HANDLER_TIMEOUT = 10.0
 
-# Seconds without progress after which a delivery and the end of the program do not wait any
-# longer for an output that nobody reads.
+# Seconds without progress after which a delivery, and the end of the program, no longer wait for
+# an output that nobody reads.
 OUTPUT_TIMEOUT = 2.0
 
-# Octets of messages and events that may wait for such an output.
+# Octets of messages and events that may wait for an output that nobody reads.
 MAX_WAITING_OUTPUT = 64 * 1024 * 1024
 
 # Characters of each part of a message that --print shows.
@@ -153,8 +153,8 @@ KILL_TIMEOUT = 5.0
 # Maximum bytes of one read from a client.
 READ_SIZE = 65_536
 
-# Bytes of the replies to pipelined commands that are written together. Then the other sessions
-# have their turn.
+# Bytes of the replies to pipelined commands that are written together; after that, the other
+# sessions have their turn.
 WRITE_SIZE = 4096
 
 
@@ -225,9 +225,9 @@ class Config:
         for word in self.without:
             if word not in EXTENSIONS:
                 raise ValueError(f"without: must be one of {', '.join(EXTENSIONS)}, not {word}")
-        self._check_tls()
+        self._check_combinations()
 
-    def _check_tls(self) -> None:
+    def _check_combinations(self) -> None:
         if self.tls == "required" and "STARTTLS" in self.without:
             raise ValueError("without: tls=required needs STARTTLS")
         if self.auth and "AUTH" in self.without:
@@ -242,20 +242,21 @@ class Config:
     @cached_property
     def extensions(self) -> list[str]:
         """The keywords of EXTENSIONS that are not disabled."""
-        disabled = {*self.without, *([] if self.smtputf8 else ["SMTPUTF8"])}
+        disabled = set(self.without)
+        if not self.smtputf8:
+            disabled.add("SMTPUTF8")
         if disabled & {"8BITMIME", "CHUNKING"}:  # RFC 3030 section 3
             disabled.add("BINARYMIME")
         return [word for word in EXTENSIONS if word not in disabled]
 
     def _check_types(self) -> None:
         path = (str, os.PathLike, type(None))
-        modes = f"one of {', '.join(TLS_MODES)}, or None"
         _require_type("interface", self.interface, (str,), "a string")
         _require_type("port", self.port, (int,), "an integer")
         _require_type("directory", self.directory, path, "a path or None")
         _require_type("max_size", self.max_size, (int,), "an integer")
         _require_type("smtputf8", self.smtputf8, (bool,), "True or False")
-        _require_type("tls", self.tls, (str, type(None)), modes)
+        _require_type("tls", self.tls, (str, type(None)), f"one of {', '.join(TLS_MODES)}, or None")
         _require_type("cert", self.cert, path, "a path or None")
         _require_type("key", self.key, path, "a path or None")
         _require_type("strict", self.strict, (bool,), "True or False")
@@ -275,11 +276,9 @@ def _require_type(name: str, value: object, types: tuple[type, ...], expected: s
         raise TypeError(f"{name}: must be {expected}, not {value!r}")
 
 
-def _require_strings(name: str, texts: object) -> None:
-    is_valid = False
-    if isinstance(texts, Iterable) and not isinstance(texts, str):
-        is_valid = all(isinstance(text, str) for text in texts)
-    if not is_valid:
+def _require_strings(name: str, texts: Any) -> None:
+    is_list = isinstance(texts, Iterable) and not isinstance(texts, str)
+    if not is_list or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{name}: must be a list of strings, not {texts!r}")
 
 
@@ -333,9 +332,9 @@ class Reply:
         """The reply as it is sent."""
         # RFC 2034 section 4: the status code is on every line.
         status = f"{self.status} " if self.status else ""
-        *lines, last = [status + line for line in self.text.split("\n")]
-        rows = [f"{self.code}-{line}\r\n" for line in lines] + [f"{self.code} {last}\r\n"]
-        return "".join(rows).encode("ascii", "replace")
+        lines = [f"{self.code}-{status}{line}\r\n" for line in self.text.split("\n")]
+        lines[-1] = lines[-1].replace("-", " ", 1)
+        return "".join(lines).encode("ascii", "replace")
 
     def __str__(self) -> str:
         words = [str(self.code), self.status, *self.text.split("\n")]
@@ -360,9 +359,8 @@ class SMTPError(Exception):
     reply = DELIVERY_FAILED  # for a subclass that does not call __init__()
 
     def __init__(self, code: int, status: str, text: str) -> None:
-        if code // 100 not in (4, 5) or not re.fullmatch(
-            rf"{code // 100}(\.\d{{1,3}}){{2}}", status
-        ):
+        status_pattern = rf"{code // 100}(\.\d{{1,3}}){{2}}"
+        if code // 100 not in (4, 5) or not re.fullmatch(status_pattern, status):
             raise ValueError(f"not an error code with its enhanced status code: {code} {status}")
         super().__init__(code, status, text)
         self.reply = Reply(code, status, " ".join(text.split()))
@@ -384,6 +382,7 @@ CANNOT_VERIFY = Reply(252, "2.5.0", "Cannot VRFY the address, but will accept me
 TOO_MANY_CONNECTIONS = Reply(421, "4.3.2", "Too many connections")
 SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down")
 TIMED_OUT = Reply(421, "4.4.2", "Idle timeout")
+TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
 
 
 # --- Text for the log ------------------------------------------------------------------
@@ -458,8 +457,8 @@ _RCPT_ARGUMENT = re.compile("TO" + _PATH_AND_PARAMETERS, re.IGNORECASE | re.ASCI
 # stand for bytes that are not UTF-8.
 _HELO_ARGUMENT = re.compile(rf"[^{_CONTROL}\ud800-\udfff ]+")
 
-# bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2). Any rest is accepted here:
-# with the size, the octets of a refused chunk can be discarded.
+# bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2). Any rest is accepted here,
+# because the octets of a refused chunk can be discarded only if its size is known.
 _BDAT_ARGUMENT = re.compile("0*(?P<size>[0-9]{1,20})(?P<rest>(?![0-9]).*)")
 
 # xtext = *( xchar / hexchar ) (RFC 3461 section 4)
@@ -472,7 +471,9 @@ _PRINTABLE_XTEXT = r"(?:[!-*,-<>-~]|\+(?:[2-6][0-9A-F]|7[0-9A-E]))+"
 _UTF8_ADDRESS = r"(?:[!-*,-<>-\[\]-~]|\\x\{[0-9A-F]{2,6}\}|[^\x00-\x9f\u2028\u2029])+"
 
 # {keyword: (extension, regular expression for what follows the keyword)}
-MAIL_PARAMETERS = {
+Parameters = Mapping[str, tuple[str, str]]
+
+MAIL_PARAMETERS: Parameters = {
     "SIZE": ("SIZE", "=[0-9]{1,20}"),  # RFC 1870 section 3
     "BODY": ("8BITMIME", "=(?:7BIT|8BITMIME|BINARYMIME)"),  # RFC 6152, RFC 3030 section 3
     "SMTPUTF8": ("SMTPUTF8", ""),  # RFC 6531 section 3.4
@@ -480,7 +481,7 @@ MAIL_PARAMETERS = {
     "RET": ("DSN", "=(?:FULL|HDRS)"),  # RFC 3461 section 4.3
     "ENVID": ("DSN", f"={_PRINTABLE_XTEXT}"),  # RFC 3461 section 4.4
 }
-RCPT_PARAMETERS = {
+RCPT_PARAMETERS: Parameters = {
     # RFC 3461 section 4.1
     "NOTIFY": ("DSN", "=(?:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)"),
     # RFC 3461 section 4.2
@@ -488,9 +489,7 @@ RCPT_PARAMETERS = {
 }
 
 
-def parse_parameters(
-    text: str, known: Mapping[str, tuple[str, str]], extensions: Sequence[str]
-) -> dict[str, str]:
+def parse_parameters(text: str, known: Parameters, extensions: Sequence[str]) -> dict[str, str]:
     """Mail-parameters / Rcpt-parameters = esmtp-param *(SP esmtp-param)
 
     known is MAIL_PARAMETERS or RCPT_PARAMETERS, and extensions are those that the server
@@ -502,10 +501,8 @@ def parse_parameters(
     for parameter in filter(None, text.split(" ")):
         keyword, equals, value = parameter.partition("=")
         # str.upper() converts some letters outside ASCII to ASCII letters.
-        if not keyword.isascii() or keyword.upper() not in known:
-            raise SMTPError(555, "5.5.4", "Unknown parameter")
-        keyword = keyword.upper()
-        extension, pattern = known[keyword]
+        keyword = keyword.upper() if keyword.isascii() else ""
+        extension, pattern = known.get(keyword, ("", ""))
         if extension not in extensions:
             raise SMTPError(555, "5.5.4", "Unknown parameter")
         if keyword in parameters:
@@ -602,8 +599,7 @@ class Envelope:
         """The decoded Subject field as one line; "" if there is none."""
         match = re.match(_SUBJECT_FIELD, self.content[:SUBJECT_SEARCH_SIZE])
         body = match["body"].decode("utf-8", "replace") if match else ""
-        text = re.sub(_ENCODED_WORDS, _decode_words, " ".join(body.split()))
-        return " ".join(text.encode("utf-8", "replace").decode().split())
+        return _one_line(re.sub(_ENCODED_WORDS, _decode_words, " ".join(body.split())))
 
     @cached_property
     def text(self) -> str:
@@ -648,12 +644,15 @@ _ENCODED_WORDS = f"(?i){_ENCODED_WORD}(?: {_ENCODED_WORD})*"
 
 
 def _decode_words(match: re.Match[str]) -> str:
-    if len(match[0]) > MAX_ENCODED_LENGTH:
-        return match[0]
-    try:
-        return str(email.header.make_header(email.header.decode_header(match[0])))
-    except Exception:  # the decoders raise many kinds of errors
-        return match[0]
+    if len(match[0]) <= MAX_ENCODED_LENGTH:
+        with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
+            return str(email.header.make_header(email.header.decode_header(match[0])))
+    return match[0]
+
+
+def _one_line(text: str) -> str:
+    """Return the text as one line; surrogates, which cannot be encoded, become "?"."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 @lru_cache
@@ -669,7 +668,7 @@ def _lenient_policy() -> email.policy.EmailPolicy:
             try:
                 return super().header_fetch_parse(name, value)
             except Exception:  # the parser raises many kinds of errors
-                return " ".join(value.encode("utf-8", "replace").decode().split())
+                return _one_line(value)
 
     return LenientPolicy()
 
@@ -692,21 +691,17 @@ def _is_text(part: email.message.Message) -> bool:
 
 
 def _file_name(part: email.message.Message) -> str:
-    try:
+    with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
         return " ".join((part.get_filename() or "").split())
-    except Exception:  # the decoders raise many kinds of errors
-        return ""
+    return ""
 
 
 def _decode_payload(part: email.message.Message) -> bytes:
-    try:
+    with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
         if part.is_multipart():  # an attached message
-            payload: object = part.as_bytes().partition(b"\n\n")[2]
-        else:
-            payload = part.get_payload(decode=True)
-    except Exception:  # the decoders raise many kinds of errors
-        payload = None
-    return payload if isinstance(payload, bytes) else b""
+            return part.as_bytes().partition(b"\n\n")[2]
+        return bytes(part.get_payload(decode=True) or b"")
+    return b""
 
 
 def _decode_first_part(message: email.message.Message, content_type: str) -> str:
@@ -744,6 +739,7 @@ _MARKUP = re.compile(
 )
 _TAG_NAME = re.compile(r"<(/?[a-z][a-z0-9]*)", re.IGNORECASE)
 _HREF = re.compile(r"""\shref\s*=\s*("[^"]*"|'[^']*'|[^\s>"']+)""", re.IGNORECASE)
+# Elements that begin or end a line
 _LINE_ELEMENTS = "br dd div dt h1 h2 h3 h4 h5 h6 hr li ol p pre table tr ul".split()
 
 
@@ -773,9 +769,11 @@ def parse_html(document: str) -> tuple[str, list[str]]:
         name = tag[1].lower() if tag else ""
         if name == "a":
             url = _link_url(markup[0])
-            urls += [url] if url else []
+            if url:
+                urls.append(url)
         elif name == "/a" and url:
-            text.append("" if url in text[-1] else f" <{url}>")
+            if url not in text[-1]:
+                text.append(f" <{url}>")
             url = ""
         elif name.lstrip("/") in _LINE_ELEMENTS:
             text.append("\n")
@@ -791,11 +789,14 @@ def _link_url(tag: str) -> str:
     return url if re.match(r"[a-z][a-z0-9+.-]*://", url, re.IGNORECASE) else ""
 
 
+_EMPTY_LINE = re.compile(rb"\n\r?\n")
+
+
 def header_section(content: bytes) -> bytes:
     """Return the content up to the first empty line."""
     if content.startswith((b"\n", b"\r\n")):
         return b""
-    match = re.search(rb"\n\r?\n", content)
+    match = _EMPTY_LINE.search(content)
     return content[: match.start()] if match else content
 
 
@@ -848,9 +849,7 @@ def lint(content: bytes, mail_options: Mapping[str, str]) -> list[str]:
 
     The content is searched as a whole, without splitting it into lines.
     """
-    warnings = []
-    if not is_binary(mail_options):
-        warnings += _lint_lines(content)
+    warnings = [] if is_binary(mail_options) else _lint_lines(content)
     header = header_section(content)
     if "SMTPUTF8" not in mail_options and not header.isascii():
         warnings.append(warning("utf8-header"))
@@ -872,7 +871,8 @@ def _lint_lines(content: bytes) -> list[str]:
 def _has_long_line(content: bytes) -> bool:
     """Return whether a line has over 998 octets.
 
-    Searching backwards in a window of a line and its CRLF skips the short lines in it.
+    Each search goes backwards from where the longest valid line would end, and so skips the
+    shorter lines before that.
     """
     start = 0
     while start + _MAX_LINE_LENGTH < len(content):
@@ -939,6 +939,9 @@ RULE_VERBS = (
     "CONNECT EHLO HELO STARTTLS AUTH MAIL RCPT DATA BDAT . RSET NOOP QUIT VRFY HELP".split()
 )
 
+# What a rule can do
+RuleAction = Reply | Delay | Close
+
 
 @dataclass
 class Rule:
@@ -953,12 +956,12 @@ class Rule:
     (MAIL, RCPT), the decoded subject (.), or the argument of other commands."""
     remaining: float
     """How many more times the rule applies."""
-    actions: list[Reply | Delay | Close]
+    actions: list[RuleAction]
     """What to do; [] lets the command proceed. The next rules apply only after a Delay."""
 
 
-# Commands without an argument: a pattern other than * never matches.
-_NO_ARGUMENT = ["STARTTLS", "DATA", "RSET", "QUIT"]
+# Commands that allow no argument
+_NO_ARGUMENT = {"STARTTLS", "DATA", "RSET", "QUIT"}
 
 _VERB_PATTERN = rf"\s*({'|'.join(map(re.escape, RULE_VERBS))})(?=\s|$)"
 _GLOB_PATTERN = r"\s+(\S+)"
@@ -1015,7 +1018,7 @@ def _never_matches(verb: str, pattern: str) -> str:
     return ""
 
 
-def _rule_actions(match: re.Match[str]) -> list[Reply | Delay | Close]:
+def _rule_actions(match: re.Match[str]) -> list[RuleAction]:
     if match["delay"]:
         return [Delay(float(match["delay"]))]
     if match["word"]:
@@ -1031,6 +1034,7 @@ def rule_text(argument: str) -> str:
     return match["path"] if match else argument
 
 
+# The program limits how often it logs this, as it does for warnings.
 RULE_APPLIES = "%s: rule %s"
 
 
@@ -1038,25 +1042,25 @@ class Rules:
     """The failure rules of a server. Raises ValueError for a rule that does not parse."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self._by_verb: dict[str, list[Rule]] = {}
-        for rule in map(parse_rule, texts):
-            self._by_verb.setdefault(rule.verb, []).append(rule)
+        self._rules = [parse_rule(text) for text in texts]
 
     def matching_actions(
         self, verb: str, get_text: Callable[[], str], peer: str
-    ) -> list[Reply | Delay | Close]:
+    ) -> list[RuleAction]:
         """Return the actions of the rules that match: delays, then a Reply, Close, or both.
 
         get_text() returns the text to match with the patterns. peer is for the log.
         """
-        actions: list[Reply | Delay | Close] = []
-        for rule in self._by_verb.get(verb, []):
-            if not rule.remaining or not fnmatchcase(get_text().lower(), rule.pattern):
+        actions: list[RuleAction] = []
+        for rule in self._rules:
+            if rule.verb != verb or not rule.remaining:
+                continue
+            if not fnmatchcase(get_text().lower(), rule.pattern):
                 continue
             rule.remaining -= 1
             log.info(RULE_APPLIES, peer, rule.text)
             actions += rule.actions
-            if not (rule.actions and isinstance(rule.actions[0], Delay)):
+            if not any(isinstance(action, Delay) for action in rule.actions):
                 break
         return actions
 
@@ -1075,18 +1079,10 @@ class Transaction:
     rcpt_arguments: int = 0
     """Octets of the arguments of all RCPT commands."""
     content: bytearray = field(default_factory=bytearray)
-    warnings: list[str] = field(default_factory=list)
-    """Warnings about the addresses."""
     chunks: int = 0
     """How many BDAT commands were accepted."""
     error: SMTPError | None = None
     """Why the content is discarded. The client gets it at the end of the content."""
-
-    def warn_about(self, address: str) -> None:
-        """Add a warning about an address that not every server accepts."""
-        _, at, domain = address.rpartition("@")
-        if at and "_" in domain and (text := warning("address-syntax")) not in self.warnings:
-            self.warnings.append(text)
 
 
 @dataclass(frozen=True)
@@ -1204,8 +1200,6 @@ class Session:
         self.user: str | None = None
         self.transaction: Transaction | None = None
         self._shared = SharedState(config) if shared is None else shared
-        self._has_pipelining = "PIPELINING" in config.extensions
-        self._has_status_codes = "ENHANCEDSTATUSCODES" in config.extensions
         self._reserved = 0  # the part of shared.reserved that belongs to this session
         self.closed = False
         """Whether the session has ended, so that the connection is to be closed."""
@@ -1213,12 +1207,11 @@ class Session:
         self._searched = 0  # octets at the start of the buffer without a line end
         self._line_end = b"\r\n"  # the line end of the last command
         self._chunk_remaining = 0  # octets of the current BDAT chunk that have not arrived
-        self._command = ""  # the last command line
+        self._command = ""  # the last command line, or CONNECT and the address of the client
         self._last_verb = ""  # of the last command but QUIT
         self._envelope: Envelope | None = None  # the message that waits for its reply
         self._refusal_detail = ""  # what the log says about the refusal of the last command
-        self._messages = 0  # how many messages were accepted
-        self._plaintext_login = False  # without TLS, although the server offers it
+        self._has_accepted_message = False
         self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
         self._protocol_warnings: list[str] = []
         self._errors = 0
@@ -1233,7 +1226,7 @@ class Session:
         """
         self.feed(data)
         self._now = now
-        while (action := self._next_action()) is not None:
+        while not self.closed and (action := self._next_action()) is not None:
             yield action
 
     def feed(self, data: bytes) -> None:
@@ -1244,24 +1237,31 @@ class Session:
         """Discard the transaction. reply is the last one of the connection, for the log."""
         if reply is not None:
             self._log_reply(reply)
-        if not self._messages:
-            self._log_no_message()
+        if not self._has_accepted_message:
+            last = self._masked(self._last_verb) or "the greeting"
+            hint = ""
+            if self.config.tls is None and last in ("EHLO", "STARTTLS"):
+                hint = " (the client may require TLS: see --tls)"
+            log.debug("%s: Closed without a message after %s%s", self.peer, last, hint)
         self._drop_transaction()
 
     def _next_action(self) -> Action | None:
         try:
             action = self._state()
         except SMTPError as error:
-            action = self._count_error(error.reply)
+            action = error.reply
+            if action.code >= 500:
+                self._errors += 1
+            if self._errors > MAX_ERRORS:  # RFC 5321 section 4.3.2
+                action = TOO_MANY_ERRORS
         if isinstance(action, Reply):
             return self._finish_reply(action)
-        if isinstance(action, Close):
-            self._end()
+        self.closed = isinstance(action, Close)
         return action
 
     def _finish_reply(self, reply: Reply) -> Reply:
         """Log a reply, and return it as it is sent."""
-        if not self._has_status_codes:
+        if "ENHANCEDSTATUSCODES" not in self.config.extensions:
             reply = Reply(reply.code, "", reply.text)
         self._log_reply(reply)
         if reply.code < 400:
@@ -1271,20 +1271,7 @@ class Session:
         if self._envelope is not None:  # the reply to a message: nothing needs its content now
             self._envelope = None
             self._reserve(0)
-        if reply.closes_connection:
-            self._end()
-        return reply
-
-    def _end(self) -> None:
-        self.closed = True
-        self._state = self._discard
-
-    def _count_error(self, reply: Reply) -> Reply:
-        """Return the reply to an error, or 421 after too many (RFC 5321 section 4.3.2)."""
-        if reply.code >= 500:
-            self._errors += 1
-        if self._errors > MAX_ERRORS:
-            return Reply(421, "4.7.0", "Too many errors")
+        self.closed = reply.closes_connection
         return reply
 
     def _drop_transaction(self) -> None:
@@ -1304,7 +1291,8 @@ class Session:
                 log.debug("%s S: %s", self.peer, escape_unprintable(line))
 
     def _begin_command(self, line: str, verb: str = "") -> None:
-        self._command, self._refusal_detail = line, ""
+        self._command = line
+        self._refusal_detail = ""
         if verb != "QUIT":
             self._last_verb = verb
         if "AUTH" in verb:  # "AUTHPLAIN" is a typing error that may have a secret as its argument
@@ -1312,21 +1300,13 @@ class Session:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s C: %s", self.peer, self._masked(line))
 
-    def _log_no_message(self) -> None:
-        hint = ""
-        if self.config.tls is None and self._last_verb in ("EHLO", "STARTTLS"):
-            hint = " (the client may require TLS: see --tls)"
-        last = self._masked(self._last_verb) or "the greeting"
-        log.debug("%s: Closed without a message after %s%s", self.peer, last, hint)
-
     def _report_refusal(self, reply: Reply) -> None:
-        if self._envelope is not None:
-            verb, argument = ".", self._envelope.summary()
-        else:
-            verb, _, argument = self._masked(self._command).partition(" ")
-        now = datetime.fromtimestamp(self._now, timezone.utc)
+        verb, _, argument = self._masked(self._command).partition(" ")
         if verb.isalpha() and verb.isascii():
             verb = verb.upper()
+        if self._envelope is not None:
+            verb, argument = ".", self._envelope.summary()
+        now = datetime.fromtimestamp(self._now, timezone.utc)
         refusal = Refusal(now, self.peer, verb, argument, reply)
         self._shared.report_refusal(refusal, self._refusal_detail)
 
@@ -1356,25 +1336,25 @@ class Session:
         return self._next_rule_action(actions, self._state, proceed)
 
     def _next_rule_action(
-        self, actions: list[Reply | Delay | Close], resume: State, proceed: State
+        self, actions: list[RuleAction], resume: State, proceed: State
     ) -> Action | None:
         """State: return the actions one by one, then proceed() if all of them were delays."""
-        if len(actions) > 1 or (actions and isinstance(actions[0], Delay)):
-            self._state = partial(self._next_rule_action, actions[1:], resume, proceed)
-            return actions[0]
         self._state = resume
-        return actions[0] if actions else proceed()
+        if not actions:
+            return proceed()
+        if len(actions) > 1 or isinstance(actions[0], Delay):
+            self._state = partial(self._next_rule_action, actions[1:], resume, proceed)
+        return actions[0]
 
     # The greeting
 
     def _connect(self) -> Action | None:
-        self._state = self._reject_command  # after a rule that refuses the client
+        self._state = self._reject_command  # for a rule that refuses the client
         address = self.peer.rpartition(":")[0].strip("[]")
         self._command = f"CONNECT {address}"
         return self._apply_rules("CONNECT", lambda: address, self._send_greeting)
 
     def _send_greeting(self) -> Reply:
-        self._command = ""
         self._warn_if_pipelined("the greeting")
         self._state = self._read_first_command
         return GREETING
@@ -1389,22 +1369,17 @@ class Session:
             raise SMTPError(503, "5.5.1", "Only QUIT is allowed after a refused greeting")
         return BYE
 
-    def _discard(self) -> None:
-        """State: the connection is about to be closed."""
-        self._buffer.clear()
-
     # Command lines
 
     def _read_first_command(self) -> Action | None:
         """State: recognize a client that expects TLS."""
-        if _TLS_HANDSHAKE.startswith(bytes(self._buffer[: len(_TLS_HANDSHAKE)])):
-            if len(self._buffer) < len(_TLS_HANDSHAKE):
-                return None
-            log.warning(
-                "%s: TLS on a plain connection; use --tls implicit, or STARTTLS in the client",
-                self.peer,
-            )
+        start = bytes(self._buffer[: len(_TLS_HANDSHAKE)])
+        if start == _TLS_HANDSHAKE:
+            hint = "use --tls implicit, or STARTTLS in the client"
+            log.warning("%s: TLS on a plain connection; %s", self.peer, hint)
             return Close()
+        if _TLS_HANDSHAKE.startswith(start):  # too few octets to tell
+            return None
         self._state = self._read_command
         return self._read_command()
 
@@ -1412,10 +1387,8 @@ class Session:
         line = self._read_line()
         if line is None:
             return None
-        if line.endswith(b"\r\n"):
-            self._line_end = b"\r\n"
-        else:
-            self._line_end = b"\n"
+        self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
+        if self._line_end == b"\n":
             self._warn(warning("bare-lf", "after a command"))
         text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" \t")
         verb, _, argument = text.partition(" ")
@@ -1426,23 +1399,24 @@ class Session:
 
     def _execute(self, verb: str, argument: str) -> Action | None:
         extension = _COMMAND_EXTENSIONS.get(verb)
-        if extension and extension not in self.config.extensions:
+        is_disabled = extension is not None and extension not in self.config.extensions
+        if is_disabled or verb in _UNIMPLEMENTED_VERBS:
             raise SMTPError(502, "5.5.1", "Command not implemented")
         if verb == "BDAT":  # applies the rules when it knows the size of the chunk
             return self._bdat(argument)
         if verb in _COMMANDS:
             command = partial(self._run_command, verb, argument)
             return self._apply_rules(verb, lambda: rule_text(argument), command)
-        if verb in _UNIMPLEMENTED_VERBS:
-            raise SMTPError(502, "5.5.1", "Command not implemented")
         if verb in _HTTP_VERBS:
             raise SMTPError(421, "4.7.0", "HTTP request refused")
         raise SMTPError(500, "5.5.2", "Command not recognized")
 
     def _run_command(self, verb: str, argument: str) -> Action | None:
-        if not self._has_pipelining:
+        if "PIPELINING" not in self.config.extensions:
             self._warn_if_pipelined(f"the reply to {verb}")
         self._require_permission(verb)
+        if argument and verb in _NO_ARGUMENT:
+            raise SMTPError(501, "5.5.4", "No argument allowed")
         return _COMMANDS[verb](self, argument)
 
     def _require_permission(self, verb: str) -> None:
@@ -1568,11 +1542,6 @@ class Session:
         if transaction.error is not None:
             raise transaction.error
         content = bytes(transaction.content)
-        warnings = self._protocol_warnings + transaction.warnings
-        warnings += lint(content, transaction.mail_options)
-        if self._plaintext_login:
-            warnings.append(warning("plaintext-auth"))
-        self._protocol_warnings.clear()
         transaction.content.clear()  # do not hold a large message twice
         envelope = Envelope(
             peer=self.peer,
@@ -1586,12 +1555,23 @@ class Session:
             rcpt_options=transaction.rcpt_options,
             content=content,
             received=datetime.fromtimestamp(self._now, timezone.utc),
-            warnings=[
-                text for text in warnings if text.partition(":")[0] not in self.config.ignore
-            ],
+            warnings=self._message_warnings(transaction, content),
         )
         self._envelope = envelope
         return self._apply_rules(".", lambda: envelope.subject, partial(self._accept, envelope))
+
+    def _message_warnings(self, transaction: Transaction, content: bytes) -> list[str]:
+        """Return the warnings about the message and the dialogue before it."""
+        warnings = self._protocol_warnings
+        self._protocol_warnings = []
+        addresses = [transaction.mail_from, *transaction.rcpt_tos]
+        domains = [address.rpartition("@")[2] for address in addresses if "@" in address]
+        if "_" in " ".join(domains):
+            warnings.append(warning("address-syntax"))
+        warnings += lint(content, transaction.mail_options)
+        if self.user is not None and self.config.tls is not None and not self.tls:
+            warnings.append(warning("plaintext-auth"))
+        return [text for text in warnings if text.partition(":")[0] not in self.config.ignore]
 
     def _protocol(self, transaction: Transaction) -> str:
         """Return the protocol for the Received field (RFC 3848, RFC 6531 section 4.3)."""
@@ -1620,16 +1600,14 @@ class Session:
         """State: the connection has performed the delivery."""
         self._state = self._read_command
         if delivery.reply.code < 400:
-            self._messages += 1
+            self._has_accepted_message = True
         return delivery.reply
 
     # Commands: one method for each verb. Each returns its reply or raises SMTPError; BDAT may also
     # return None, if its octets have not arrived.
 
     def _ehlo(self, argument: str) -> Reply:
-        self._warn_if_pipelined("the reply to EHLO")
         self._set_helo("EHLO", argument)
-        self.extended = True
         lines = [HOSTNAME, *filter(None, map(self._extension_line, self.config.extensions))]
         return Reply(250, "", "\n".join(lines))
 
@@ -1645,16 +1623,16 @@ class Session:
         return keyword
 
     def _helo(self, argument: str) -> Reply:
-        self._warn_if_pipelined("the reply to HELO")
         self._set_helo("HELO", argument)
-        self.extended = False
         return Reply(250, "", HOSTNAME)
 
     def _set_helo(self, verb: str, argument: str) -> None:
+        self._warn_if_pipelined(f"the reply to {verb}")
         if not _HELO_ARGUMENT.fullmatch(argument):
             raise SMTPError(501, "5.5.4", f"Syntax: {verb} hostname")
         self._drop_transaction()  # RFC 5321 section 4.1.4
         self.helo = argument
+        self.extended = verb == "EHLO"
 
     def _mail(self, argument: str) -> Reply:
         if self.helo is None:
@@ -1674,7 +1652,6 @@ class Session:
         if 0 < self.config.max_size < int(mail_options.get("SIZE", 0)):
             raise SMTPError(552, "5.3.4", "Message exceeds the maximum size")
         self.transaction = Transaction(mail_from, mail_options)
-        self.transaction.warn_about(mail_from)
         return SENDER_OK
 
     def _rcpt(self, argument: str) -> Reply:
@@ -1683,8 +1660,8 @@ class Session:
             raise SMTPError(503, "5.5.1", "Send MAIL first")
         if transaction.chunks:
             raise SMTPError(503, "5.5.1", "RCPT is not allowed after BDAT")
-        octets = argument.encode("utf-8", "surrogateescape")
-        rcpt_arguments = transaction.rcpt_arguments + len(octets)
+        rcpt_arguments = transaction.rcpt_arguments
+        rcpt_arguments += len(argument.encode("utf-8", "surrogateescape"))
         if len(transaction.rcpt_tos) >= MAX_RECIPIENTS or rcpt_arguments > MAX_RCPT_ARGUMENTS:
             # RFC 5321 section 4.5.3.1.10
             raise SMTPError(452, "4.5.3", "Too many recipients")
@@ -1695,21 +1672,19 @@ class Session:
         rcpt_to = parse_mailbox(match["path"], "5.1.3")
         _require_smtputf8(rcpt_to, transaction.mail_options)
         _require_smtputf8(rcpt_options.get("ORCPT", ""), transaction.mail_options)
-        transaction.warn_about(rcpt_to)
         transaction.rcpt_arguments = rcpt_arguments
         transaction.rcpt_tos.append(rcpt_to)
         transaction.rcpt_options.append(rcpt_options)
         return RECIPIENT_OK
 
-    def _parse_parameters(
-        self, text: str | None, known: Mapping[str, tuple[str, str]]
-    ) -> dict[str, str]:
-        if text and not self.extended:
+    def _parse_parameters(self, text: str | None, known: Parameters) -> dict[str, str]:
+        if not text:
+            return {}
+        if not self.extended:
             raise SMTPError(555, "5.5.4", "Parameters require EHLO")
-        return parse_parameters(text or "", known, self.config.extensions)
+        return parse_parameters(text, known, self.config.extensions)
 
     def _data(self, argument: str) -> Reply:
-        _require_no_argument(argument)
         transaction = self._require_recipients()
         # RFC 3030 sections 2 and 3
         if transaction.chunks:
@@ -1728,9 +1703,8 @@ class Session:
         # If the command is refused, its octets must be discarded: they are not commands.
         self._chunk_remaining = int(match["size"])
         self._state = self._skip_chunk
-        return self._apply_rules(
-            "BDAT", lambda: argument, partial(self._begin_chunk, match["rest"])
-        )
+        begin_chunk = partial(self._begin_chunk, match["rest"])
+        return self._apply_rules("BDAT", lambda: argument, begin_chunk)
 
     def _begin_chunk(self, rest: str) -> Action | None:
         if rest and not re.fullmatch(" +LAST", rest, re.IGNORECASE | re.ASCII):
@@ -1750,7 +1724,6 @@ class Session:
         return self.transaction
 
     def _rset(self, argument: str) -> Reply:
-        _require_no_argument(argument)
         self._drop_transaction()
         return OK
 
@@ -1758,7 +1731,6 @@ class Session:
         return OK
 
     def _quit(self, argument: str) -> Reply:
-        _require_no_argument(argument)
         return BYE
 
     def _vrfy(self, argument: str) -> Reply:
@@ -1770,7 +1742,6 @@ class Session:
         return Reply(214, "2.0.0", "Commands:\n" + " ".join(_COMMANDS))
 
     def _starttls(self, argument: str) -> Reply:
-        _require_no_argument(argument)
         if self.tls:
             raise SMTPError(503, "5.5.1", "TLS is already active")
         if self.config.tls is None:
@@ -1785,7 +1756,6 @@ class Session:
         self.tls = True
         self._drop_transaction()
         self.helo = self.user = None
-        self._plaintext_login = False
         self._state = self._read_command
         return StartTLS()
 
@@ -1847,14 +1817,13 @@ class Session:
             problem = "wrong password"
         else:
             self.user = user.decode("utf-8", "replace")
-            self._plaintext_login = self.config.tls is not None and not self.tls
             return LOGIN_SUCCEEDED
         self._refusal_detail = f" (user '{escape_unprintable(name)}': {problem})"
         raise SMTPError(535, "5.7.8", "Authentication failed")
 
 
-# A new command also belongs in RULE_VERBS and, if it is part of an extension, in EXTENSIONS and
-# _COMMAND_EXTENSIONS.
+# A new command also belongs in RULE_VERBS; in _NO_ARGUMENT if it has no argument; and in EXTENSIONS
+# and _COMMAND_EXTENSIONS if it is part of an extension.
 _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
     "EHLO": Session._ehlo,
     "HELO": Session._helo,
@@ -1872,19 +1841,14 @@ _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
 }
 # {command: the extension that it belongs to}
 _COMMAND_EXTENSIONS = {"BDAT": "CHUNKING", "HELP": "HELP", "STARTTLS": "STARTTLS", "AUTH": "AUTH"}
-_ALLOWED_BEFORE_TLS = ["EHLO", "HELO", "NOOP", "RSET", "QUIT", "HELP", "STARTTLS"]
-_REQUIRE_AUTH = ["MAIL", "RCPT", "DATA", "BDAT", "VRFY"]
+_ALLOWED_BEFORE_TLS = {"EHLO", "HELO", "NOOP", "RSET", "QUIT", "HELP", "STARTTLS"}
+_REQUIRE_AUTH = {"MAIL", "RCPT", "DATA", "BDAT", "VRFY"}
 # RFC 5321 section 4.2.4: 502 is for commands that the server knows but does not implement.
-_UNIMPLEMENTED_VERBS = "EXPN TURN ETRN ATRN SEND SOML SAML".split()
+_UNIMPLEMENTED_VERBS = {"EXPN", "TURN", "ETRN", "ATRN", "SEND", "SOML", "SAML"}
 # The content type and the version of a TLS record with a ClientHello (RFC 8446 section 5.1)
 _TLS_HANDSHAKE = b"\x16\x03"
 # The first words of HTTP requests: a web page can make a browser send one to any port.
 _HTTP_VERBS = "GET POST PUT HEAD OPTIONS CONNECT DELETE PATCH PRI HOST:".split()
-
-
-def _require_no_argument(argument: str) -> None:
-    if argument:
-        raise SMTPError(501, "5.5.4", "No argument allowed")
 
 
 def _require_smtputf8(address: str, mail_options: dict[str, str]) -> None:
