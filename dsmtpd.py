@@ -332,9 +332,10 @@ class Reply:
         """The reply as it is sent."""
         # RFC 2034 section 4: the status code is on every line.
         status = f"{self.status} " if self.status else ""
-        lines = [f"{self.code}-{status}{line}\r\n" for line in self.text.split("\n")]
+        text = re.sub("[^ -~\n]", "?", self.text)  # RFC 5321 section 4.2
+        lines = [f"{self.code}-{status}{line}\r\n" for line in text.split("\n")]
         lines[-1] = lines[-1].replace("-", " ", 1)
-        return "".join(lines).encode("ascii", "replace")
+        return "".join(lines).encode("ascii")
 
     def __str__(self) -> str:
         words = [str(self.code), self.status, *self.text.split("\n")]
@@ -1237,6 +1238,9 @@ class Session:
         """Discard the transaction. reply is the last one of the connection, for the log."""
         if reply is not None:
             self._log_reply(reply)
+        elif self._envelope is not None and not self.closed:
+            summary = self._envelope.summary()
+            log.warning("%s: Disconnected before the reply to %s", self.peer, summary)
         if not self._has_accepted_message:
             last = self._masked(self._last_verb) or "the greeting"
             hint = ""
