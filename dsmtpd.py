@@ -3000,10 +3000,77 @@ def pytest_configure(config: Any) -> None:
 # --- Command line ---------------------------------------------------------------------
 
 
+_HELP = f"""\
+usage: dsmtpd [options] [-- COMMAND [ARG ...]]
+
+A local SMTP server that stores every message in a Maildir and never delivers it.
+With a COMMAND, it runs until the command ends.
+
+listening:
+  -p, --port PORT          Listen on this port ({Config.port}); 0 selects a free one.
+  -i, --interface ADDRESS  Listen on this address ({Config.interface}), or on all
+                           addresses of a host name.
+  --reuse-port             Share the port with other servers.
+
+messages:
+  -d, --directory DIR      Store messages in this Maildir (the current directory, or
+                           a temporary one with a COMMAND).
+  --handler MODULE:CALLABLE
+                           Call this with each message.
+  -s, --max-size BYTES     Reject larger messages ({Config.max_size}); 0 means no limit.
+  --strict                 Reject messages with warnings.
+  --ignore NAME            Do not give warnings of this name; repeatable.
+
+SMTP:
+  --tls MODE               Use TLS 1.2 or newer. MODE is starttls to offer STARTTLS,
+                           required to reject clients without it, or implicit to
+                           start with TLS.
+  --cert PEM               Use this certificate (a temporary one for localhost).
+  --key PEM                Use this private key (the one in the --cert file).
+  --auth USER:PASSWORD     Require this login; repeatable. Without it, any login
+                           succeeds.
+  --without KEYWORD        Do not offer this extension, such as CHUNKING; repeatable.
+  --disable-smtputf8       The same as --without SMTPUTF8.
+
+testing:
+  --fail RULE              Make a command or a message fail; repeatable. RULE is
+                           'VERB GLOB [xN] ACTION'. VERB is CONNECT, a command, or .
+                           for a message. ACTION is CODE [x.y.z] [text] [drop],
+                           delay SECONDS, drop or ok.
+  --expect N               Exit with status 1 if fewer than N messages arrive, or,
+                           with 0, if any does. Without a COMMAND, stop after N
+                           messages.
+  --timeout SECONDS        Stop after this time.
+
+output:
+  --print [FILE]           Print each message to this file (standard output).
+  --json [FILE]            Write each event to this file (standard output) as one
+                           line of JSON.
+  -v, --verbose            Log each session as C: and S: lines.
+  -q, --quiet              Log only warnings and errors.
+  --version                Print the version.
+  -h, --help               Print the options.
+
+Examples:
+  dsmtpd -d mail --print              store and print each message
+  dsmtpd -p 0 --expect 1 -- make test run tests; fail if they sent no message
+  dsmtpd --fail 'RCPT full@* 452 4.2.2 Mailbox full'
+
+Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage, or a directory, file,
+certificate or handler that cannot be used, 3 cannot listen; with a COMMAND that ran and met
+the expectation, the exit status of the command
+"""
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser that prints one line for wrong usage; the options are in --help."""
+    """A parser that prints _HELP, and one line for wrong usage."""
+
+    def format_help(self) -> str:
+        """Return the text of --help."""
+        return _HELP
 
     def error(self, message: str) -> NoReturn:
+        """End the program because of wrong usage."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -3018,8 +3085,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     end_of_options = argv.index("--") if "--" in argv else len(argv)
     parser = _make_parser()
     args, unknown = parser.parse_known_args(argv[:end_of_options])
+    if unknown and unknown[0].startswith("-"):
+        parser.error(f"unknown option {unknown[0]}")
     if unknown:
-        parser.error(_unknown_argument(unknown[0]))
+        parser.error(f"unexpected argument {unknown[0]}; a command goes after --")
     args.auth = dict(args.auth)
     args.command = argv[end_of_options + 1 :]
     if end_of_options < len(argv) and not (args.command and args.command[0]):
@@ -3032,168 +3101,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _unknown_argument(text: str) -> str:
-    if text.startswith("-"):
-        return f"unknown option {text}"
-    return f"unexpected argument {text}; a command goes after --"
-
-
 _REPEATABLE: Any = {"action": "append", "default": []}
-
-_EXAMPLES = """\
-Examples:
-  dsmtpd -d mail --print              store and print each message
-  dsmtpd -p 0 --expect 1 -- make test run tests; fail if they sent no message
-  dsmtpd --fail 'RCPT full@* 452 4.2.2 Mailbox full'
-
-Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage, or a directory, file,
-certificate or handler that cannot be used, 3 cannot listen; with a COMMAND that ran and met
-the expectation, the exit status of the command"""
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="dsmtpd",
-        usage="%(prog)s [options] [-- COMMAND [ARG ...]]",
-        description="A local SMTP server that stores every message in a Maildir and never"
-        " delivers it.\nWith a COMMAND, it runs until the command ends.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_listening_options(parser.add_argument_group("listening"))
-    _add_message_options(parser.add_argument_group("messages"))
-    _add_protocol_options(parser.add_argument_group("SMTP"))
-    _add_testing_options(parser.add_argument_group("testing"))
-    _add_output_options(parser.add_argument_group("output"))
+    parser = _Parser(prog="dsmtpd", allow_abbrev=False)
+    add = parser.add_argument
+    add("-p", "--port", type=_integer, default=Config.port)
+    add("-i", "--interface", default=Config.interface)
+    add("--reuse-port", action="store_true")
+    add("-d", "--directory")
+    add("--handler")
+    add("-s", "--max-size", type=_integer, default=Config.max_size)
+    add("--strict", action="store_true")
+    add("--ignore", choices=list(WARNINGS), **_REPEATABLE)
+    add("--tls", choices=TLS_MODES)
+    add("--cert")
+    add("--key")
+    add("--auth", type=_credentials, **_REPEATABLE)
+    add("--without", type=str.upper, choices=EXTENSIONS, **_REPEATABLE)
+    add("--disable-smtputf8", dest="smtputf8", action="store_false")
+    add("--fail", type=_rule, **_REPEATABLE)
+    add("--expect", type=_count)
+    add("--timeout", type=_seconds)
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--print", nargs="?", const="-")
+    output.add_argument("--json", nargs="?", const="-")
+    add("-v", "--verbose", action="store_true")
+    add("-q", "--quiet", action="store_true")
+    add("--version", action="version", version=f"dsmtpd {__version__}")
     return parser
-
-
-def _add_listening_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "-p",
-        "--port",
-        type=_integer,
-        default=Config.port,
-        help="Listen on this port (%(default)s); 0 selects a free one.",
-    )
-    add(
-        "-i",
-        "--interface",
-        metavar="ADDRESS",
-        default=Config.interface,
-        help="Listen on this address (%(default)s), or on all addresses of a host name.",
-    )
-    add("--reuse-port", action="store_true", help="Share the port with other servers.")
-
-
-def _add_message_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "-d",
-        "--directory",
-        metavar="DIR",
-        help="Store messages in this Maildir (the current"
-        " directory, or a temporary one with a COMMAND).",
-    )
-    add("--handler", metavar="MODULE:CALLABLE", help="Call this with each message.")
-    add(
-        "-s",
-        "--max-size",
-        metavar="BYTES",
-        type=_integer,
-        default=Config.max_size,
-        help="Reject larger messages (%(default)s); 0 means no limit.",
-    )
-    add("--strict", action="store_true", help="Reject messages with warnings.")
-    add(
-        "--ignore",
-        metavar="NAME",
-        choices=list(WARNINGS),
-        **_REPEATABLE,
-        help="Do not give warnings of this name; repeatable.",
-    )
-
-
-def _add_protocol_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--tls",
-        choices=TLS_MODES,
-        help="Use TLS 1.2 or newer: offer STARTTLS, reject clients without it, or start with TLS.",
-    )
-    add("--cert", metavar="PEM", help="Use this certificate (a temporary one for localhost).")
-    add("--key", metavar="PEM", help="Use this private key (the one in the --cert file).")
-    add(
-        "--auth",
-        metavar="USER:PASSWORD",
-        type=_credentials,
-        **_REPEATABLE,
-        help="Require this login; repeatable. Without it, any login succeeds.",
-    )
-    add(
-        "--without",
-        metavar="KEYWORD",
-        type=str.upper,
-        choices=EXTENSIONS,
-        **_REPEATABLE,
-        help="Do not offer this extension, such as CHUNKING; repeatable.",
-    )
-    add(
-        "--disable-smtputf8",
-        dest="smtputf8",
-        action="store_false",
-        help="The same as --without SMTPUTF8.",
-    )
-
-
-def _add_testing_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--fail",
-        metavar="RULE",
-        type=_rule,
-        **_REPEATABLE,
-        help="Make a command or a message fail; repeatable. RULE is 'VERB GLOB [xN] ACTION'."
-        " VERB is CONNECT, a command, or . for a message. ACTION is CODE [x.y.z] [text] [drop],"
-        " delay SECONDS, drop or ok.",
-    )
-    add(
-        "--expect",
-        metavar="N",
-        type=_count,
-        help="Exit with status 1 if fewer than N messages arrive, or, with 0, if any does."
-        " Without a COMMAND, stop after N messages.",
-    )
-    add("--timeout", metavar="SECONDS", type=_seconds, help="Stop after this time.")
-
-
-def _add_output_options(group: argparse._ArgumentGroup) -> None:
-    output = group.add_mutually_exclusive_group()
-    output.add_argument(
-        "--print",
-        metavar="FILE",
-        nargs="?",
-        const="-",
-        help="Print each message to this file (standard output).",
-    )
-    output.add_argument(
-        "--json",
-        metavar="FILE",
-        nargs="?",
-        const="-",
-        help="Write each event to this file (standard output) as one line of JSON.",
-    )
-    add = group.add_argument
-    add("-v", "--verbose", action="store_true", help="Log each session as C: and S: lines.")
-    add("-q", "--quiet", action="store_true", help="Log only warnings and errors.")
-    add(
-        "--version",
-        action="version",
-        version=f"dsmtpd {__version__}",
-        help="Print the version.",
-    )
 
 
 def _credentials(text: str) -> tuple[str, str]:
