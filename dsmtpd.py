@@ -3389,12 +3389,10 @@ class _Output:
             written.set_result(None)
 
 
-class _StartError(Exception):
-    """The server cannot start; the program ends with this exit status."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
+def _exit(status: int, text: str) -> NoReturn:
+    """End the program, because the server cannot start."""
+    log.error("%s", text)
+    sys.exit(status)
 
 
 class _Program:
@@ -3403,7 +3401,6 @@ class _Program:
     def __init__(self, args: argparse.Namespace, cleanup: contextlib.ExitStack) -> None:
         self._args = args
         self._cleanup = cleanup
-        self._config: Config = args.config
         self._output: _Output | None = None
         self._loop: asyncio.AbstractEventLoop
         self._stop = asyncio.Event()
@@ -3416,11 +3413,7 @@ class _Program:
         """Run until the program is stopped; return the exit status."""
         self._loop = asyncio.get_running_loop()
         limit_loop_errors(self._loop)
-        try:
-            server = await self._start()
-        except _StartError as error:
-            log.error("%s", error)
-            return error.status
+        server = await self._start()
         self._set_signal_handlers()
         self._announce(server)
         if self._args.command:
@@ -3442,20 +3435,17 @@ class _Program:
         return status or expectation_status
 
     async def _start(self) -> Server:
+        config: Config = self._args.config
         try:
             handler = _load_handler(self._args.handler) if self._args.handler else None
         except ValueError as error:
-            raise _StartError(2, f"Cannot start: {error}") from error
+            _exit(2, f"Cannot start: {error}")
         try:
-            sockets = _systemd_sockets() or listen(self._config)
+            sockets = _systemd_sockets() or listen(config)
         except (OSError, ValueError) as error:
-            text = f"Cannot listen on {_listen_error(self._config, error)}"
-            raise _StartError(3, text) from error
+            _exit(3, f"Cannot listen on {_listen_error(config, error)}")
         server = Server(
-            self._config,
-            handler=handler,
-            on_message=self._on_message,
-            on_refusal=self._on_refusal,
+            config, handler=handler, on_message=self._on_message, on_refusal=self._on_refusal
         )
         try:
             await server.start(sockets)
@@ -3463,7 +3453,7 @@ class _Program:
                 self._output = self._start_output(self._args.json or self._args.print)
         except (OSError, RuntimeError, ValueError, mailbox.Error) as error:
             await server.close()
-            raise _StartError(2, f"Cannot start: {error}") from error
+            _exit(2, f"Cannot start: {error}")
         if server.cafile is not None:
             import shutil
 
@@ -3548,15 +3538,13 @@ class _Program:
         if self._signal:
             self._end(number)
         self._signal = signal.Signals(number).name
-        if self._process is not None:
-            _signal_command(self._process, self._signal)
+        self._signal_command(self._signal)
         with contextlib.suppress(RuntimeError):  # the event loop is closed: the program ends
             self._loop.call_soon_threadsafe(self._stop.set)
 
     def _end(self, number: int) -> NoReturn:
         """Kill the command, and end the program by this signal without waiting for anything."""
-        if self._process is not None:
-            _signal_command(self._process, "SIGKILL")
+        self._signal_command("SIGKILL")
         self._cleanup.close()
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -3565,13 +3553,11 @@ class _Program:
     def _on_suspend(self, number: int, frame: object) -> None:
         """Stop at Ctrl-Z, together with the command, and continue with it."""
         # The system ignores SIGTSTP in a session without a terminal, such as that of the command.
-        if self._process is not None:
-            _signal_command(self._process, "SIGSTOP")
+        self._signal_command("SIGSTOP")
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)  # returns at SIGCONT
         signal.signal(number, self._on_suspend)
-        if self._process is not None:
-            _signal_command(self._process, "SIGCONT")
+        self._signal_command("SIGCONT")
 
     async def _wait(self, server: Server) -> int:
         with contextlib.suppress(asyncio.TimeoutError):
@@ -3585,34 +3571,54 @@ class _Program:
         command = self._args.command
         try:
             # With a session of its own, its processes are signalled together.
-            process = await asyncio.create_subprocess_exec(
+            self._process = process = await asyncio.create_subprocess_exec(
                 *command, env={**os.environ, **self._environment(server)}, start_new_session=True
             )
         except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
             log.error("Cannot run %s: %s", command[0], error)
             return 127
-        self._process = process
         if self._signal:  # it arrived while the command was being started
-            _signal_command(process, self._signal)
-        timed_out = await self._wait_for_process(process)
-        status = await process.wait()
+            self._signal_command(self._signal)
+        status = await self._wait_for_process(process)
+        self._kill_remaining_processes(process.pid)
         self._process = None
-        _kill_remaining_processes(process)
-        if timed_out and status == 0:  # it ended by itself at SIGTERM, as servers do
-            return 128 + signal.SIGTERM
         return status if status >= 0 else 128 - status
 
-    async def _wait_for_process(self, process: asyncio.subprocess.Process) -> bool:
-        """Wait until the process ends. After --timeout, end it and return True."""
+    async def _wait_for_process(self, process: asyncio.subprocess.Process) -> int:
+        """Wait until the process ends, or end it after --timeout; return its exit status."""
         ended = asyncio.ensure_future(process.wait())
-        for seconds, name in [(self._args.timeout, "SIGTERM"), (KILL_TIMEOUT, "SIGKILL")]:
-            await asyncio.wait([ended], timeout=seconds)
-            if ended.done():
-                return name == "SIGKILL"
+        await asyncio.wait([ended], timeout=self._args.timeout)
+        if ended.done():
+            return ended.result()
+        for name in ("SIGTERM", "SIGKILL"):
             log.warning("Timeout: sending %s to %s", name, self._args.command[0])
-            _signal_command(process, name)
-        await ended
-        return True
+            self._signal_command(name)
+            await asyncio.wait([ended], timeout=KILL_TIMEOUT)
+            if ended.done():
+                break
+        # A server ends with status 0 at SIGTERM.
+        return await ended or -signal.SIGTERM
+
+    def _signal_command(self, name: str) -> None:
+        """Send a signal to all processes of the command, if it runs."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.name == "posix":
+                os.killpg(self._process.pid, signal.Signals[name])
+            elif name in ("SIGTERM", "SIGKILL"):  # Windows has only these
+                self._process.kill()
+            # On Windows, the console sends Ctrl-C and Ctrl-Break to the command as well.
+
+    def _kill_remaining_processes(self, pid: int) -> None:
+        """Kill the processes that the command has left running, after it has ended."""
+        if os.name != "posix":
+            return
+        with contextlib.suppress(PermissionError):
+            try:
+                os.getsid(pid)  # succeeds if another process has got its number
+            except ProcessLookupError:
+                self._signal_command("SIGKILL")
 
     def _environment(self, server: Server) -> dict[str, str]:
         """Return the environment variables that tell the command where to send messages."""
@@ -3670,28 +3676,6 @@ def _load_handler(name: str) -> Handler:
     if not callable(handler):
         raise ValueError(f"--handler {name}: {path} is not callable")
     return handler
-
-
-def _signal_command(process: asyncio.subprocess.Process, name: str) -> None:
-    """Send a signal to all processes of the command."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if os.name == "posix":
-            os.killpg(process.pid, signal.Signals[name])
-        elif name in ("SIGTERM", "SIGKILL"):  # Windows has only these
-            process.kill()
-        # On Windows, the console sends Ctrl-C and Ctrl-Break to the command as well.
-
-
-def _kill_remaining_processes(process: asyncio.subprocess.Process) -> None:
-    """Kill the processes that a command has left running, after it has ended."""
-    if os.name != "posix":
-        return
-    try:
-        os.getsid(process.pid)  # succeeds if another process has got its number
-    except ProcessLookupError:
-        _signal_command(process, "SIGKILL")
-    except PermissionError:
-        pass
 
 
 def _on_signals(handler: Callable[[int, object], object]) -> None:
