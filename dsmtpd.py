@@ -2212,21 +2212,17 @@ class Connection:
             elif isinstance(action, StartTLS):
                 await self._start_tls()
             elif isinstance(action, Delay) and self._final_reply is None:
-                await self._delay(action.seconds)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._read_ahead(), action.seconds)
         finally:
             self._action = None
             self.last_activity = self._loop.time()
 
-    async def _delay(self, seconds: float) -> None:
-        """Wait, and give the session what the client sends before the delayed reply.
-
-        Raises OSError if the client disconnects.
-        """
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._read_ahead(), seconds)
-
     async def _read_ahead(self) -> None:
-        """Give the session at most READ_SIZE bytes; return never."""
+        """During a delay, give the session what the client sends, at most READ_SIZE bytes.
+
+        Never returns. Raises OSError if the client disconnects.
+        """
         remaining = READ_SIZE
         while remaining:
             data = await self._reader.read(remaining)
@@ -2477,17 +2473,20 @@ class StoragePool:
         self._store = store
         self._threads = threads
         self._lacks_threads = False
-        self._waiting: deque[tuple[Envelope, asyncio.Future[Path]]] = deque()
-        self._stored: deque[tuple[asyncio.Future[Path], Path | Exception]] = deque()
+        self._waiting: deque[tuple[Envelope, asyncio.Future[Path | Exception]]] = deque()
+        self._results: deque[tuple[asyncio.Future[Path | Exception], Path | Exception]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     async def store(self, envelope: Envelope) -> Path:
         """Store a message in a thread; return and raise what the function does."""
-        future: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Path | Exception] = asyncio.get_running_loop().create_future()
         self._waiting.append((envelope, future))
         if self._timer is None:
             self._start_threads(1)
-        return await future
+        result = await future
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def _start_threads(self, count: int) -> None:
         loop = asyncio.get_running_loop()
@@ -2502,15 +2501,14 @@ class StoragePool:
 
     def _store_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
         """Run in a thread: store messages until none is left."""
-        while self._waiting:
-            try:
+        with contextlib.suppress(IndexError):  # no message is left
+            while True:
                 envelope, future = self._waiting.popleft()
-            except IndexError:  # another thread took it
-                break
-            try:
-                self._stored.append((future, self._store(envelope)))
-            except Exception as error:
-                self._stored.append((future, error))
+                try:
+                    result: Path | Exception = self._store(envelope)
+                except Exception as error:
+                    result = error
+                self._results.append((future, result))
         loop.call_soon_threadsafe(self._on_empty)
 
     def _on_timer(self) -> None:
@@ -2528,13 +2526,9 @@ class StoragePool:
         self._set_results()
 
     def _set_results(self) -> None:
-        while self._stored:
-            future, result = self._stored.popleft()
-            if future.cancelled():
-                continue
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
+        while self._results:
+            future, result = self._results.popleft()
+            if not future.cancelled():
                 future.set_result(result)
 
 
@@ -2552,19 +2546,6 @@ class Server:
     for an invalid option.
     """
 
-    config: Config
-    handler: Handler | None
-    host: str
-    """The first address that the server listens on."""
-    port: int
-    """The port, known once the server has started."""
-    addresses: list[tuple[str, int]]
-    """All addresses that the server listens on, with their ports."""
-    maildir: MaildirStore | None
-    """Where messages are stored, once the server has started; None if they are not."""
-    cafile: str | None
-    """The temporary certificate, for clients that verify it; it exists while the server runs."""
-
     def __init__(
         self,
         config: Config | None = None,
@@ -2579,10 +2560,16 @@ class Server:
             raise TypeError(f"handler: must be callable, not {handler!r}")
         self.config = with_options(config or Config(), options)
         self.handler = handler
-        self.host, self.port = self.config.interface, self.config.port
-        self.addresses = []
-        self.maildir = None
-        self.cafile = None
+        self.host = self.config.interface
+        """The first address that the server listens on."""
+        self.port = self.config.port
+        """The port, known once the server has started."""
+        self.addresses: list[tuple[str, int]] = []
+        """All addresses that the server listens on, with their ports."""
+        self.maildir: MaildirStore | None = None
+        """Where messages are stored, once the server has started; None if they are not."""
+        self.cafile: str | None = None
+        """The temporary certificate, for clients that verify it; removed by close()."""
         self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
@@ -2606,15 +2593,8 @@ class Server:
                 cleanup.callback(sock.close)
                 # Accepted sockets inherit it. asyncio sets it only for sockets of another kind.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            cert, key = self.config.cert, self.config.key
-            if self.config.tls is not None and cert is None:
-                import tempfile
-
-                folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
-                cert, key = make_certificate(folder)
-                self.cafile = cert
-            if cert is not None:
-                self._tls_context = make_tls_context(cert, key)
+            if self.config.tls is not None:
+                self._tls_context = self._make_tls_context(cleanup)
             if self.handler is None or self.config.directory is not None:
                 # This starts the first thread; later, the system may have none.
                 self.maildir = await asyncio.get_running_loop().run_in_executor(
@@ -2631,6 +2611,15 @@ class Server:
             self._cleanup = cleanup.pop_all()
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
         self.host, self.port = self.addresses[0]
+
+    def _make_tls_context(self, cleanup: contextlib.ExitStack) -> ssl.SSLContext:
+        if self.config.cert is not None:
+            return make_tls_context(self.config.cert, self.config.key)
+        import tempfile
+
+        folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
+        self.cafile, key = make_certificate(folder)
+        return make_tls_context(self.cafile, key)
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""
@@ -2749,18 +2738,17 @@ async def _call_in_thread(handler: Handler, envelope: Envelope) -> object:
     """Call the handler in a thread of its own; return what it returns.
 
     The thread is a daemon, so that a handler that never returns does not keep the program
-    from ending. Raises SMTPError, or RuntimeError for any other exception of the handler.
+    from ending. Raises what _handler_result() raises.
     """
     loop = asyncio.get_running_loop()
     returned = asyncio.Event()
-    outcome: list[object] = []
-    errors: list[BaseException] = []
+    outcome: concurrent.futures.Future[object] = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            outcome.append(handler(envelope))
+            outcome.set_result(handler(envelope))
         except BaseException as error:  # SystemExit too: it ends only this call
-            errors.append(error)
+            outcome.set_exception(error)
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             loop.call_soon_threadsafe(returned.set)
 
@@ -2770,17 +2758,13 @@ async def _call_in_thread(handler: Handler, envelope: Envelope) -> object:
         log.error("Cannot call the handler: %s", error)
         raise SMTPError(451, "4.3.0", "Cannot accept the message, try again later") from error
     await returned.wait()
-    if not errors:
-        return outcome[0]
-    if isinstance(errors[0], SMTPError):
-        raise errors[0]
-    raise RuntimeError("The handler failed") from errors[0]
+    return _handler_result(outcome)
 
 
 async def _run_in_task(awaitable: Awaitable[object]) -> None:
     """Wait for what an async handler returns, in a task that it may cancel.
 
-    Raises the same as _call_in_thread().
+    Raises what _handler_result() raises.
     """
     task = asyncio.ensure_future(awaitable)
     try:
@@ -2788,8 +2772,16 @@ async def _run_in_task(awaitable: Awaitable[object]) -> None:
     except asyncio.CancelledError:  # the event loop ends
         task.cancel()
         raise
+    _handler_result(task)
+
+
+def _handler_result(outcome: concurrent.futures.Future[object] | asyncio.Future[object]) -> object:
+    """Return what a handler returned.
+
+    Raises the SMTPError that it raised, or RuntimeError for any other exception.
+    """
     try:
-        task.result()
+        return outcome.result()
     except SMTPError:
         raise
     except BaseException as error:  # such as a failure of pytest
@@ -2880,14 +2872,13 @@ class Inbox:
         criteria = {"to": to, "mail_from": mail_from, "subject": subject}
 
         def matching() -> list[Envelope]:
-            matches = [message for message in self._messages if _matches(message, **criteria)]
-            return matches[:count]
+            return [message for message in self._messages if _matches(message, **criteria)]
 
         with self._changed:
             self._changed.wait_for(lambda: len(matching()) >= count, timeout)
             found = matching()
             if len(found) >= count:
-                return found
+                return found[:count]
             arrived = [f"\n  {message.summary()}" for message in self._messages] or [" nothing"]
         given = [f"{name} {text!r}" for name, text in criteria.items() if text is not None]
         raise TimeoutError(
@@ -2958,14 +2949,13 @@ def _run_in_thread(server: Server) -> Iterator[None]:
     finally:
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             stopped.set_result(None)  # unless a handler has ended the event loop
-        # If the block was left open until the interpreter ends, the thread no longer runs.
-        can_end = thread.ident is not None and not sys.is_finalizing()
-        if can_end:
+        # If the block was left open until the interpreter ends, the thread is alive, but it no
+        # longer runs.
+        if thread.is_alive() and not sys.is_finalizing():
             thread.join(HANDLER_TIMEOUT)
-    if can_end and thread.is_alive():
-        raise RuntimeError(
-            f"the handler {server.handler!r} has not returned for {HANDLER_TIMEOUT} s"
-        )
+    if thread.is_alive() and not sys.is_finalizing():
+        text = f"the handler {server.handler!r} has not returned for {HANDLER_TIMEOUT} s"
+        raise RuntimeError(text)
 
 
 async def _discard_message(envelope: Envelope) -> None:
@@ -3416,10 +3406,11 @@ class _Program:
         server = await self._start()
         self._set_signal_handlers()
         self._announce(server)
+        status = 0
         if self._args.command:
             status = await self._run_command(server)
         else:
-            status = await self._wait(server)
+            await self._wait(server)
         log.info("Cleaning up")
         limited = self._args.command or self._args.expect is not None or self._args.timeout
         try:
@@ -3477,14 +3468,11 @@ class _Program:
         enough = self._received >= expected if expected else self._received == 0
         if enough and not rejected:
             return 0
-        log.error(
+        text = (
             "Expected messages: %d, arrived: %d, rejected by --strict: %d,"
-            " refused commands and messages: %d",
-            expected,
-            self._received,
-            rejected,
-            self._refused,
+            " refused commands and messages: %d"
         )
+        log.error(text, expected, self._received, rejected, self._refused)
         return 1
 
     def _announce(self, server: Server) -> None:
@@ -3559,12 +3547,11 @@ class _Program:
         signal.signal(number, self._on_suspend)
         self._signal_command("SIGCONT")
 
-    async def _wait(self, server: Server) -> int:
+    async def _wait(self, server: Server) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stop.wait(), self._args.timeout)
         if self._args.expect is not None and self._received >= self._args.expect:
             await server.wait_for_quit(STOP_TIMEOUT)
-        return 0
 
     async def _run_command(self, server: Server) -> int:
         """Run the command while the server listens; return its exit status as a shell does."""
