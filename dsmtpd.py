@@ -2811,14 +2811,12 @@ class Inbox:
     @property
     def messages(self) -> list[Envelope]:
         """The accepted messages, oldest first."""
-        with self._changed:
-            return list(self._messages)
+        return list(self._messages)
 
     @property
     def refused(self) -> list[Refusal]:
         """The refused commands and messages, oldest first."""
-        with self._changed:
-            return list(self._refused)
+        return list(self._refused)
 
     def fail(self, *rules: str) -> None:
         """Replace the failure rules of the server; without arguments, remove them.
@@ -2837,10 +2835,6 @@ class Inbox:
         with self._changed:
             self._messages.append(envelope)
             self._changed.notify_all()
-
-    def _add_refusal(self, refusal: Refusal) -> None:
-        with self._changed:
-            self._refused.append(refusal)
 
     def wait(
         self,
@@ -2909,7 +2903,7 @@ def capture(*, handler: Handler | None = None, **options: Unpack[Options]) -> It
         handler = _discard_message  # the inbox keeps it
     inbox = Inbox()
     inbox._server = server = Server(
-        config, handler=handler, on_message=inbox._add_message, on_refusal=inbox._add_refusal
+        config, handler=handler, on_message=inbox._add_message, on_refusal=inbox._refused.append
     )
     with _run_in_thread(server):
         inbox.host, inbox.port = client_host(server.host), server.port
@@ -3232,10 +3226,10 @@ class _WarningLimit(logging.Filter):
             self._minute = minute
             self._counts.clear()
         self._counts[record.msg] += 1
-        if self._counts[record.msg] == MAX_LOGGED_WARNINGS:
+        count = self._counts[record.msg]
+        if count == MAX_LOGGED_WARNINGS:
             record.msg, record.args = f"{record.getMessage()} (no more of these in this minute)", ()
-            return True
-        return self._counts[record.msg] < MAX_LOGGED_WARNINGS
+        return count <= MAX_LOGGED_WARNINGS
 
 
 class _LogFormatter(logging.Formatter):
@@ -3347,8 +3341,7 @@ class _Output:
 
     def _run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is closed
-            while (item := self._queue.get()) is not None:
-                get_text, size, written = item
+            for get_text, size, written in iter(self._queue.get, None):
                 self._write_text(get_text)
                 self._loop.call_soon_threadsafe(self._on_written, size, written)
             self._close_file()
@@ -3375,29 +3368,91 @@ class _Output:
     def _on_written(self, size: int, written: asyncio.Future[None]) -> None:
         self._waiting -= size
         self._is_read = True
-        if not written.done():
-            written.set_result(None)
+        written.set_result(None)
 
 
-def _exit(status: int, text: str) -> NoReturn:
-    """End the program, because the server cannot start."""
+class _Command:
+    """The command after "--"."""
+
+    def __init__(self, arguments: list[str], timeout: float | None) -> None:
+        self._arguments = arguments
+        self._timeout = timeout
+        self._process: asyncio.subprocess.Process | None = None
+        self._early_signals: list[str] = []  # arrived before the process has started
+
+    async def run(self, env: dict[str, str]) -> int:
+        """Run the command; return its exit status as a shell does."""
+        try:
+            # With a session of its own, its processes are signalled together.
+            process = await asyncio.create_subprocess_exec(
+                *self._arguments, env={**os.environ, **env}, start_new_session=True
+            )
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
+            log.error("Cannot run %s: %s", self._arguments[0], error)
+            return 127
+        self._process = process
+        for name in self._early_signals:
+            self.send_signal(name)
+        status = await self._wait(process)
+        self._kill_remaining_processes(process.pid)
+        self._process = None
+        return status if status >= 0 else 128 - status
+
+    async def _wait(self, process: asyncio.subprocess.Process) -> int:
+        """Wait until the process ends, or end it after --timeout; return its exit status."""
+        ended = asyncio.ensure_future(process.wait())
+        await asyncio.wait([ended], timeout=self._timeout)
+        if ended.done():
+            return ended.result()
+        for name in ("SIGTERM", "SIGKILL"):
+            log.warning("Timeout: sending %s to %s", name, self._arguments[0])
+            self.send_signal(name)
+            await asyncio.wait([ended], timeout=KILL_TIMEOUT)
+            if ended.done():
+                break
+        return await ended or -signal.SIGTERM  # a server ends with status 0 at SIGTERM
+
+    def send_signal(self, name: str) -> None:
+        """Send a signal to all processes of the command; before it starts, once it has."""
+        if self._process is None:
+            self._early_signals.append(name)
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.name == "posix":
+                os.killpg(self._process.pid, signal.Signals[name])
+            elif name in ("SIGTERM", "SIGKILL"):  # Windows has only these
+                self._process.kill()
+            # On Windows, the console sends Ctrl-C and Ctrl-Break to the command as well.
+
+    def _kill_remaining_processes(self, pid: int) -> None:
+        """Kill the processes that the command has left running, after it has ended."""
+        if os.name != "posix":
+            return
+        with contextlib.suppress(PermissionError):
+            try:
+                os.getsid(pid)  # succeeds if another process has got its number
+            except ProcessLookupError:
+                self.send_signal("SIGKILL")
+
+
+def _exit_with_error(status: int, text: str) -> NoReturn:
+    """Log why the server cannot start, and end the program."""
     log.error("%s", text)
     sys.exit(status)
 
 
 class _Program:
-    """One run of the program: the server, its output, and the command after "--"."""
+    """One run of the program: the server, its output, its signal handlers and the command."""
 
     def __init__(self, args: argparse.Namespace, cleanup: contextlib.ExitStack) -> None:
         self._args = args
-        self._cleanup = cleanup
+        self._cleanup = cleanup  # removes temporary files
+        self._command = _Command(args.command, args.timeout)
         self._output: _Output | None = None
         self._loop: asyncio.AbstractEventLoop
         self._stop = asyncio.Event()
-        self._signal = ""  # the name of the first signal
         self._received = 0  # messages
         self._refused = 0  # commands and messages
-        self._process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> int:
         """Run until the program is stopped; return the exit status."""
@@ -3408,10 +3463,11 @@ class _Program:
         self._announce(server)
         status = 0
         if self._args.command:
-            status = await self._run_command(server)
+            status = await self._command.run(self._environment(server))
         else:
-            await self._wait(server)
+            await self._wait_until_stopped(server)
         log.info("Cleaning up")
+        # Otherwise, the program waits for its handler until a second signal.
         limited = self._args.command or self._args.expect is not None or self._args.timeout
         try:
             await asyncio.wait_for(server.close(), HANDLER_TIMEOUT if limited else None)
@@ -3426,15 +3482,16 @@ class _Program:
         return status or expectation_status
 
     async def _start(self) -> Server:
+        """Start the server and the output, or end the program with a line that says why not."""
         config: Config = self._args.config
         try:
             handler = _load_handler(self._args.handler) if self._args.handler else None
         except ValueError as error:
-            _exit(2, f"Cannot start: {error}")
+            _exit_with_error(2, f"Cannot start: {error}")
         try:
             sockets = _systemd_sockets() or listen(config)
         except (OSError, ValueError) as error:
-            _exit(3, f"Cannot listen on {_listen_error(config, error)}")
+            _exit_with_error(3, f"Cannot listen on {_listen_error(config, error)}")
         server = Server(
             config, handler=handler, on_message=self._on_message, on_refusal=self._on_refusal
         )
@@ -3444,7 +3501,7 @@ class _Program:
                 self._output = self._start_output(self._args.json or self._args.print)
         except (OSError, RuntimeError, ValueError, mailbox.Error) as error:
             await server.close()
-            _exit(2, f"Cannot start: {error}")
+            _exit_with_error(2, f"Cannot start: {error}")
         if server.cafile is not None:
             import shutil
 
@@ -3465,8 +3522,8 @@ class _Program:
         expected, rejected = self._args.expect, server.rejected_messages
         if expected is None:
             return 0
-        enough = self._received >= expected if expected else self._received == 0
-        if enough and not rejected:
+        is_met = self._received == 0 if expected == 0 else self._received >= expected
+        if is_met and not rejected:
             return 0
         text = (
             "Expected messages: %d, arrived: %d, rejected by --strict: %d,"
@@ -3519,20 +3576,15 @@ class _Program:
             signal.signal(signal.SIGTSTP, self._on_suspend)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        """Stop at the first signal, and end at the second, even if a handler blocks the loop.
-
-        A command gets the first signal, and is killed at the second.
-        """
-        if self._signal:
-            self._end(number)
-        self._signal = signal.Signals(number).name
-        self._signal_command(self._signal)
+        """Handle the first signal: pass it to the command, and stop."""
+        _on_signals(self._on_second_signal)
+        self._command.send_signal(signal.Signals(number).name)
         with contextlib.suppress(RuntimeError):  # the event loop is closed: the program ends
             self._loop.call_soon_threadsafe(self._stop.set)
 
-    def _end(self, number: int) -> NoReturn:
+    def _on_second_signal(self, number: int, frame: object) -> NoReturn:
         """Kill the command, and end the program by this signal without waiting for anything."""
-        self._signal_command("SIGKILL")
+        self._command.send_signal("SIGKILL")
         self._cleanup.close()
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -3541,71 +3593,17 @@ class _Program:
     def _on_suspend(self, number: int, frame: object) -> None:
         """Stop at Ctrl-Z, together with the command, and continue with it."""
         # The system ignores SIGTSTP in a session without a terminal, such as that of the command.
-        self._signal_command("SIGSTOP")
+        self._command.send_signal("SIGSTOP")
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)  # returns at SIGCONT
         signal.signal(number, self._on_suspend)
-        self._signal_command("SIGCONT")
+        self._command.send_signal("SIGCONT")
 
-    async def _wait(self, server: Server) -> None:
+    async def _wait_until_stopped(self, server: Server) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stop.wait(), self._args.timeout)
         if self._args.expect is not None and self._received >= self._args.expect:
             await server.wait_for_quit(STOP_TIMEOUT)
-
-    async def _run_command(self, server: Server) -> int:
-        """Run the command while the server listens; return its exit status as a shell does."""
-        command = self._args.command
-        try:
-            # With a session of its own, its processes are signalled together.
-            self._process = process = await asyncio.create_subprocess_exec(
-                *command, env={**os.environ, **self._environment(server)}, start_new_session=True
-            )
-        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
-            log.error("Cannot run %s: %s", command[0], error)
-            return 127
-        if self._signal:  # it arrived while the command was being started
-            self._signal_command(self._signal)
-        status = await self._wait_for_process(process)
-        self._kill_remaining_processes(process.pid)
-        self._process = None
-        return status if status >= 0 else 128 - status
-
-    async def _wait_for_process(self, process: asyncio.subprocess.Process) -> int:
-        """Wait until the process ends, or end it after --timeout; return its exit status."""
-        ended = asyncio.ensure_future(process.wait())
-        await asyncio.wait([ended], timeout=self._args.timeout)
-        if ended.done():
-            return ended.result()
-        for name in ("SIGTERM", "SIGKILL"):
-            log.warning("Timeout: sending %s to %s", name, self._args.command[0])
-            self._signal_command(name)
-            await asyncio.wait([ended], timeout=KILL_TIMEOUT)
-            if ended.done():
-                break
-        # A server ends with status 0 at SIGTERM.
-        return await ended or -signal.SIGTERM
-
-    def _signal_command(self, name: str) -> None:
-        """Send a signal to all processes of the command, if it runs."""
-        if self._process is None:
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.name == "posix":
-                os.killpg(self._process.pid, signal.Signals[name])
-            elif name in ("SIGTERM", "SIGKILL"):  # Windows has only these
-                self._process.kill()
-            # On Windows, the console sends Ctrl-C and Ctrl-Break to the command as well.
-
-    def _kill_remaining_processes(self, pid: int) -> None:
-        """Kill the processes that the command has left running, after it has ended."""
-        if os.name != "posix":
-            return
-        with contextlib.suppress(PermissionError):
-            try:
-                os.getsid(pid)  # succeeds if another process has got its number
-            except ProcessLookupError:
-                self._signal_command("SIGKILL")
 
     def _environment(self, server: Server) -> dict[str, str]:
         """Return the environment variables that tell the command where to send messages."""
@@ -3733,9 +3731,8 @@ def _as_text(envelope: Envelope) -> str:
     ]
     parts = [_shorten("\n".join(fields)), text]
     parts += [_shorten("\n".join(lines)) for lines in (links, attachments) if len(lines) > 1]
-    rows = "\n\n".join(parts).split("\n")
-    rows = ["\t".join(map(escape_unprintable, row.split("\t"))) for row in rows]
-    return "\n".join([_MESSAGE_START, *rows, "------------ END MESSAGE ------------", ""])
+    text = re.sub(r"[^\n\t]+", lambda match: escape_unprintable(match[0]), "\n\n".join(parts))
+    return f"{_MESSAGE_START}\n{text}\n------------ END MESSAGE ------------\n"
 
 
 def _shorten(text: str) -> str:
