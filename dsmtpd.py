@@ -1935,7 +1935,7 @@ def _fold(line: str) -> str:
 
 
 def _can_be_folded(text: str) -> bool:
-    """Return whether a field with this text has no line of spaces, where some readers end."""
+    """Return whether folding makes no line of spaces only, at which some readers stop."""
     return len(text) < 200 or "  " not in text
 
 
@@ -2326,9 +2326,9 @@ def client_host(host: str) -> str:
 
 
 def limit_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
-    """Make an event loop log one line in a second when there are too many open files.
+    """Make an event loop log one line a second while there are too many open files.
 
-    asyncio reports it for each place in the backlog, and accepts again after a second.
+    asyncio reports the error for each place in the backlog, and accepts again after a second.
     """
     next_time = 0.0
 
@@ -2544,6 +2544,11 @@ class Server:
     on_message(envelope), plain or async, is called in the event loop with each accepted message,
     before the reply, and on_refusal(refusal) with each Refusal. Raises TypeError or ValueError
     for an invalid option.
+
+    These attributes are set once the server has started: host and port are the first address
+    that it listens on, and addresses are all of them. maildir is where messages are stored, or
+    None. cafile is the file of the temporary certificate, for clients that verify it, or None;
+    it exists while the server runs.
     """
 
     def __init__(
@@ -2560,16 +2565,10 @@ class Server:
             raise TypeError(f"handler: must be callable, not {handler!r}")
         self.config = with_options(config or Config(), options)
         self.handler = handler
-        self.host = self.config.interface
-        """The first address that the server listens on."""
-        self.port = self.config.port
-        """The port, known once the server has started."""
+        self.host, self.port = self.config.interface, self.config.port
         self.addresses: list[tuple[str, int]] = []
-        """All addresses that the server listens on, with their ports."""
         self.maildir: MaildirStore | None = None
-        """Where messages are stored, once the server has started; None if they are not."""
         self.cafile: str | None = None
-        """The temporary certificate, for clients that verify it; removed by close()."""
         self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
@@ -2792,17 +2791,18 @@ def _handler_result(outcome: concurrent.futures.Future[object] | asyncio.Future[
 
 
 class Inbox:
-    """What a server of capture() has accepted and refused; all methods are thread-safe."""
+    """What a server of capture() has accepted and refused; all methods are thread-safe.
+
+    host and port are the address to send to. url is both, such as "smtp://127.0.0.1:1025", with
+    smtps:// for implicit TLS. cafile is the file of the temporary certificate, for clients that
+    verify it, or None.
+    """
 
     def __init__(self) -> None:
         self.host = ""
-        """The address to send to."""
         self.port = 0
-        """The port to send to."""
         self.url = ""
-        """Both, such as "smtp://127.0.0.1:1025"; with smtps:// for implicit TLS."""
         self.cafile: str | None = None
-        """The file of the temporary certificate, for clients that verify it, or None."""
         self._server: Server
         self._messages: list[Envelope] = []
         self._refused: list[Refusal] = []
@@ -3069,10 +3069,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     end_of_options = argv.index("--") if "--" in argv else len(argv)
     parser = _make_parser()
     args, unknown = parser.parse_known_args(argv[:end_of_options])
-    if unknown and unknown[0].startswith("-"):
-        parser.error(f"unknown option {unknown[0]}")
     if unknown:
-        parser.error(f"unexpected argument {unknown[0]}; a command goes after --")
+        text = f"unexpected argument {unknown[0]}; a command goes after --"
+        if unknown[0].startswith("-"):
+            text = f"unknown option {unknown[0]}"
+        parser.error(text)
     args.auth = dict(args.auth)
     args.command = argv[end_of_options + 1 :]
     if end_of_options < len(argv) and not (args.command and args.command[0]):
@@ -3270,7 +3271,7 @@ _MESSAGE_START = "---------- MESSAGE FOLLOWS ----------"
 
 
 def _open_output(path: str, start: str) -> TextIO | None:
-    """Open a file for the output. Raises OSError also if it is a file with another start."""
+    """Open a file for output that begins with start. Raises OSError also for other content."""
     if path == "-":
         return _open_stdout()
     if os.path.isfile(path):
@@ -3323,7 +3324,7 @@ class _Output:
         return written
 
     async def write(self, get_text: Callable[[], str], size: int) -> None:
-        """Do the same, and wait until it is written, unless nobody reads the file."""
+        """Do the same as put(), and wait until it is written, unless nobody reads the file."""
         written = self.put(get_text, size)
         if self._is_read:
             await asyncio.wait([written], timeout=OUTPUT_TIMEOUT)
@@ -3615,22 +3616,22 @@ class _Program:
         return env
 
 
+_LISTEN_ERRORS = {
+    errno.EADDRINUSE: "the port is in use; use another one, or -p 0 for any free port",
+    errno.EADDRNOTAVAIL: "this machine does not have that address",
+    errno.EACCES: "ports below 1024 are reserved for root; use -p 1025, or systemd with"
+    " contrib/dsmtpd.socket",
+}
+
+
 def _listen_error(config: Config, error: Exception) -> str:
     """Return the address, what is wrong with it, and what to use instead."""
-    address = format_address((config.interface, config.port))
+    text = str(error)
     if isinstance(error, socket.gaierror | UnicodeError):
-        return f"{address}: unknown host name"
-    number = error.errno if isinstance(error, OSError) else None
-    if number == errno.EADDRINUSE:
-        return f"{address}: the port is in use; use another one, or -p 0 for any free port"
-    if number == errno.EADDRNOTAVAIL:
-        return f"{address}: this machine does not have that address"
-    if number == errno.EACCES:
-        return (
-            f"{address}: ports below 1024 are reserved for root;"
-            " use -p 1025, or systemd with contrib/dsmtpd.socket"
-        )
-    return f"{address}: {error}"
+        text = "unknown host name"
+    elif isinstance(error, OSError):
+        text = _LISTEN_ERRORS.get(error.errno or 0, text)
+    return f"{format_address((config.interface, config.port))}: {text}"
 
 
 def _systemd_sockets() -> list[socket.socket]:
@@ -3715,10 +3716,10 @@ _LAYOUT_CHARACTERS = dict.fromkeys(map(ord, "\u00ad\u034f\u200b\u200c\u200d\ufef
 
 def _as_text(envelope: Envelope) -> str:
     """Return a message for a person, with control characters escaped."""
-    header = {name: envelope.email[name] for name in ("From", "To", "Cc", "Reply-To", "Date")}
-    fields = [f"{name}: {value}" for name, value in header.items() if value is not None]
-    fields.append(f"Subject: {envelope.subject}")
-    fields.append(f"Envelope: {envelope.mail_from} -> {', '.join(envelope.rcpt_tos)}")
+    names = ("From", "To", "Cc", "Reply-To", "Date")
+    header = [f"{name}: {envelope.email[name]}" for name in names if name in envelope.email]
+    header.append(f"Subject: {envelope.subject}")
+    header.append(f"Envelope: {envelope.mail_from} -> {', '.join(envelope.rcpt_tos)}")
     text = envelope.text or parse_html(envelope.html)[0]
     if "\0" in text:
         text = f"({len(text)} bytes of binary content)"
@@ -3729,7 +3730,7 @@ def _as_text(envelope: Envelope) -> str:
         f"  {item.name or 'unnamed'} ({item.type}, {len(item.content)} bytes)"
         for item in envelope.attachments
     ]
-    parts = [_shorten("\n".join(fields)), text]
+    parts = [_shorten("\n".join(header)), text]
     parts += [_shorten("\n".join(lines)) for lines in (links, attachments) if len(lines) > 1]
     text = re.sub(r"[^\n\t]+", lambda match: escape_unprintable(match[0]), "\n\n".join(parts))
     return f"{_MESSAGE_START}\n{text}\n------------ END MESSAGE ------------\n"
