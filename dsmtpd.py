@@ -2456,7 +2456,7 @@ Handler = Callable[[Envelope], object]
 
 
 class StoragePool:
-    """Stores messages in threads, as few as possible.
+    """Stores messages in a Maildir by threads, as few as possible.
 
     One thread stores the waiting messages one after another, because several would contend
     with the event loop for the interpreter lock at every system call. If a timer expires
@@ -2467,10 +2467,8 @@ class StoragePool:
     threads has at least one thread.
     """
 
-    def __init__(
-        self, store: Callable[[Envelope], Path], threads: concurrent.futures.Executor
-    ) -> None:
-        self._store = store
+    def __init__(self, maildir: MaildirStore, threads: concurrent.futures.Executor) -> None:
+        self._maildir = maildir
         self._threads = threads
         self._lacks_threads = False
         self._waiting: deque[tuple[Envelope, asyncio.Future[Path | Exception]]] = deque()
@@ -2478,7 +2476,7 @@ class StoragePool:
         self._timer: asyncio.TimerHandle | None = None
 
     async def store(self, envelope: Envelope) -> Path:
-        """Store a message in a thread; return and raise what the function does."""
+        """Store a message in a thread; return and raise what MaildirStore.store() does."""
         future: asyncio.Future[Path | Exception] = asyncio.get_running_loop().create_future()
         self._waiting.append((envelope, future))
         if self._timer is None:
@@ -2505,7 +2503,7 @@ class StoragePool:
             while True:
                 envelope, future = self._waiting.popleft()
                 try:
-                    result: Path | Exception = self._store(envelope)
+                    result: Path | Exception = self._maildir.store(envelope)
                 except Exception as error:
                     result = error
                 self._results.append((future, result))
@@ -2599,7 +2597,7 @@ class Server:
                 self.maildir = await asyncio.get_running_loop().run_in_executor(
                     self._threads, MaildirStore, self.config.directory
                 )
-                self._pool = StoragePool(self.maildir.store, self._threads)
+                self._pool = StoragePool(self.maildir, self._threads)
             for sock in sockets:
                 listener = await asyncio.start_server(
                     self._serve_client, sock=sock, backlog=MAX_CONNECTIONS
@@ -2997,8 +2995,8 @@ listening:
   --reuse-port             Share the port with other servers.
 
 messages:
-  -d, --directory DIR      Store messages in this Maildir (the current directory, or
-                           a temporary one with a COMMAND).
+  -d, --directory DIR      Store messages in this Maildir (the current
+                           directory, or a temporary one with a COMMAND).
   --handler MODULE:CALLABLE
                            Call this with each message.
   -s, --max-size BYTES     Reject larger messages ({Config.max_size}); 0 means no limit.
@@ -3006,30 +3004,32 @@ messages:
   --ignore NAME            Do not give warnings of this name; repeatable.
 
 SMTP:
-  --tls MODE               Use TLS 1.2 or newer. MODE is starttls to offer STARTTLS,
-                           required to reject clients without it, or implicit to
-                           start with TLS.
-  --cert PEM               Use this certificate (a temporary one for localhost).
+  --tls MODE               Use TLS 1.2 or newer. MODE is starttls to offer
+                           STARTTLS, required to reject clients without it, or
+                           implicit to start with TLS.
+  --cert PEM               Use this certificate (a temporary one for
+                           localhost).
   --key PEM                Use this private key (the one in the --cert file).
-  --auth USER:PASSWORD     Require this login; repeatable. Without it, any login
-                           succeeds.
-  --without KEYWORD        Do not offer this extension, such as CHUNKING; repeatable.
+  --auth USER:PASSWORD     Require this login; repeatable. Without it, any
+                           login succeeds.
+  --without KEYWORD        Do not offer this extension, such as CHUNKING;
+                           repeatable.
   --disable-smtputf8       The same as --without SMTPUTF8.
 
 testing:
-  --fail RULE              Make a command or a message fail; repeatable. RULE is
-                           'VERB GLOB [xN] ACTION'. VERB is CONNECT, a command, or .
-                           for a message. ACTION is CODE [x.y.z] [text] [drop],
-                           delay SECONDS, drop or ok.
-  --expect N               Exit with status 1 if fewer than N messages arrive, or,
-                           with 0, if any does. Without a COMMAND, stop after N
-                           messages.
+  --fail RULE              Make a command or a message fail; repeatable. RULE
+                           is 'VERB GLOB [xN] ACTION'. VERB is CONNECT, a
+                           command, or . for a message. ACTION is CODE [x.y.z]
+                           [text] [drop], delay SECONDS, drop or ok.
+  --expect N               Exit with status 1 if fewer than N messages arrive,
+                           or, with 0, if any does. Without a COMMAND, stop
+                           after N messages.
   --timeout SECONDS        Stop after this time.
 
 output:
   --print [FILE]           Print each message to this file (standard output).
-  --json [FILE]            Write each event to this file (standard output) as one
-                           line of JSON.
+  --json [FILE]            Write each event to this file (standard output) as
+                           one line of JSON.
   -v, --verbose            Log each session as C: and S: lines.
   -q, --quiet              Log only warnings and errors.
   --version                Print the version.
@@ -3040,9 +3040,9 @@ Examples:
   dsmtpd -p 0 --expect 1 -- make test run tests; fail if they sent no message
   dsmtpd --fail 'RCPT full@* 452 4.2.2 Mailbox full'
 
-Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage, or a directory, file,
-certificate or handler that cannot be used, 3 cannot listen; with a COMMAND that ran and met
-the expectation, the exit status of the command
+Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage, or a
+directory, file, certificate or handler that cannot be used, 3 cannot listen;
+with a COMMAND that ran and met the expectation, the exit status of the command
 """
 
 
