@@ -1922,7 +1922,7 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
         f"Received: from {helo} ({address}) by {HOSTNAME} (dsmtpd {__version__})"
         f" with {envelope.protocol} id {key}; {date}",
     ]
-    return "".join(_fold(line) + "\n" for line in header).encode()
+    return "".join(f"{_fold(line)}\n" for line in header).encode()
 
 
 def _fold(line: str) -> str:
@@ -2205,6 +2205,7 @@ class Connection:
             raise ConnectionResetError("The client has disconnected")
 
     async def _perform(self, action: Action) -> None:
+        """Perform an action. Close needs nothing: the session is closed already."""
         self._action = action
         try:
             if isinstance(action, Deliver):
@@ -2350,11 +2351,11 @@ def listen(config: Config) -> list[socket.socket]:
     Raises OSError if it cannot listen there, and ValueError for an invalid host name.
     """
     found = socket.getaddrinfo(config.interface, config.port, type=socket.SOCK_STREAM)
-    addresses = [(family, name) for family, _, _, _, name in found]
+    addresses = dict.fromkeys((family, name) for family, _, _, _, name in found)  # each one once
     attempts = 1 if config.port else 20
     while True:
         try:
-            return _bind(dict.fromkeys(addresses), config.reuse_port)
+            return _bind(addresses, config.reuse_port)
         except OSError as error:
             # The free port of the first address may be in use on the second one.
             attempts -= 1
@@ -3298,13 +3299,13 @@ class _Output:
     """Writes to a file in a thread, so that a file that nobody reads delays nothing else."""
 
     def __init__(self, file: TextIO | None, name: str) -> None:
-        self._file = file
+        self._file = file  # None after an error
         self._name = name
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[tuple[Callable[[], str], int, asyncio.Future[None]] | None]
         self._queue = queue.SimpleQueue()
         self._waiting = 0  # octets that are not written yet
-        self._is_read = True
+        self._is_read = True  # False after OUTPUT_TIMEOUT, until something is written
         self._closed = self._loop.create_future()
         # A daemon does not keep the program from ending.
         threading.Thread(target=self._run, name="dsmtpd output", daemon=True).start()
@@ -3349,7 +3350,7 @@ class _Output:
             self._loop.call_soon_threadsafe(self._closed.set_result, None)
 
     def _write_text(self, get_text: Callable[[], str]) -> None:
-        if self._file is None:  # writing has failed
+        if self._file is None:
             return
         try:
             self._file.write(get_text())
@@ -3468,10 +3469,10 @@ class _Program:
         else:
             await self._wait_until_stopped(server)
         log.info("Cleaning up")
-        # Otherwise, the program waits for its handler until a second signal.
-        limited = self._args.command or self._args.expect is not None or self._args.timeout
+        # A test run does not wait for its handler forever.
+        is_test_run = self._args.command or self._args.expect is not None or self._args.timeout
         try:
-            await asyncio.wait_for(server.close(), HANDLER_TIMEOUT if limited else None)
+            await asyncio.wait_for(server.close(), HANDLER_TIMEOUT if is_test_run else None)
             if self._output is not None:
                 await self._output.close()
         except asyncio.TimeoutError:
