@@ -1890,7 +1890,7 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
         f"Received: from {helo} ({address}) by {HOSTNAME} (dsmtpd {__version__})"
         f" with {envelope.protocol} id {key}; {date}",
     ]
-    return "".join(_fold(line) + "\n" for line in header).encode()
+    return "".join(f"{_fold(line)}\n" for line in header).encode()
 
 
 def _fold(line: str) -> str:
@@ -1903,7 +1903,7 @@ def _fold(line: str) -> str:
 
 
 def _can_be_folded(text: str) -> bool:
-    """Return whether a field with this text has no line of spaces, where some readers end."""
+    """Return whether folding makes no line of spaces only, at which some readers stop."""
     return len(text) < 200 or "  " not in text
 
 
@@ -2173,6 +2173,7 @@ class Connection:
             raise ConnectionResetError("The client has disconnected")
 
     async def _perform(self, action: Action) -> None:
+        """Perform an action. Close needs nothing: the session is closed already."""
         self._action = action
         try:
             if isinstance(action, Deliver):
@@ -2180,21 +2181,17 @@ class Connection:
             elif isinstance(action, StartTLS):
                 await self._start_tls()
             elif isinstance(action, Delay) and self._final_reply is None:
-                await self._delay(action.seconds)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._read_ahead(), action.seconds)
         finally:
             self._action = None
             self.last_activity = self._loop.time()
 
-    async def _delay(self, seconds: float) -> None:
-        """Wait, and give the session what the client sends before the delayed reply.
-
-        Raises OSError if the client disconnects.
-        """
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._read_ahead(), seconds)
-
     async def _read_ahead(self) -> None:
-        """Give the session at most READ_SIZE bytes; return never."""
+        """During a delay, give the session what the client sends, at most READ_SIZE bytes.
+
+        Never returns. Raises OSError if the client disconnects.
+        """
         remaining = READ_SIZE
         while remaining:
             data = await self._reader.read(remaining)
@@ -2298,9 +2295,9 @@ def client_host(host: str) -> str:
 
 
 def limit_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
-    """Make an event loop log one line in a second when there are too many open files.
+    """Make an event loop log one line a second while there are too many open files.
 
-    asyncio reports it for each place in the backlog, and accepts again after a second.
+    asyncio reports the error for each place in the backlog, and accepts again after a second.
     """
     next_time = 0.0
 
@@ -2322,11 +2319,11 @@ def listen(config: Config) -> list[socket.socket]:
     Raises OSError if it cannot listen there, and ValueError for an invalid host name.
     """
     found = socket.getaddrinfo(config.interface, config.port, type=socket.SOCK_STREAM)
-    addresses = [(family, name) for family, _, _, _, name in found]
+    addresses = dict.fromkeys((family, name) for family, _, _, _, name in found)  # each one once
     attempts = 1 if config.port else 20
     while True:
         try:
-            return _bind(dict.fromkeys(addresses), config.reuse_port)
+            return _bind(addresses, config.reuse_port)
         except OSError as error:
             # The free port of the first address may be in use on the second one.
             attempts -= 1
@@ -2428,7 +2425,7 @@ Handler = Callable[[Envelope], object]
 
 
 class StoragePool:
-    """Stores messages in threads, as few as possible.
+    """Stores messages in a Maildir by threads, as few as possible.
 
     One thread stores the waiting messages one after another, because several would contend
     with the event loop for the interpreter lock at every system call. If a timer expires
@@ -2439,23 +2436,24 @@ class StoragePool:
     threads has at least one thread.
     """
 
-    def __init__(
-        self, store: Callable[[Envelope], Path], threads: concurrent.futures.Executor
-    ) -> None:
-        self._store = store
+    def __init__(self, maildir: MaildirStore, threads: concurrent.futures.Executor) -> None:
+        self._maildir = maildir
         self._threads = threads
         self._lacks_threads = False
-        self._waiting: deque[tuple[Envelope, asyncio.Future[Path]]] = deque()
-        self._stored: deque[tuple[asyncio.Future[Path], Path | Exception]] = deque()
+        self._waiting: deque[tuple[Envelope, asyncio.Future[Path | Exception]]] = deque()
+        self._results: deque[tuple[asyncio.Future[Path | Exception], Path | Exception]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     async def store(self, envelope: Envelope) -> Path:
-        """Store a message in a thread; return and raise what the function does."""
-        future: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
+        """Store a message in a thread; return and raise what MaildirStore.store() does."""
+        future: asyncio.Future[Path | Exception] = asyncio.get_running_loop().create_future()
         self._waiting.append((envelope, future))
         if self._timer is None:
             self._start_threads(1)
-        return await future
+        result = await future
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def _start_threads(self, count: int) -> None:
         loop = asyncio.get_running_loop()
@@ -2470,15 +2468,14 @@ class StoragePool:
 
     def _store_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
         """Run in a thread: store messages until none is left."""
-        while self._waiting:
-            try:
+        with contextlib.suppress(IndexError):  # no message is left
+            while True:
                 envelope, future = self._waiting.popleft()
-            except IndexError:  # another thread took it
-                break
-            try:
-                self._stored.append((future, self._store(envelope)))
-            except Exception as error:
-                self._stored.append((future, error))
+                try:
+                    result: Path | Exception = self._maildir.store(envelope)
+                except Exception as error:
+                    result = error
+                self._results.append((future, result))
         loop.call_soon_threadsafe(self._on_empty)
 
     def _on_timer(self) -> None:
@@ -2496,13 +2493,9 @@ class StoragePool:
         self._set_results()
 
     def _set_results(self) -> None:
-        while self._stored:
-            future, result = self._stored.popleft()
-            if future.cancelled():
-                continue
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
+        while self._results:
+            future, result = self._results.popleft()
+            if not future.cancelled():
                 future.set_result(result)
 
 
@@ -2518,20 +2511,12 @@ class Server:
     on_message(envelope), plain or async, is called in the event loop with each accepted message,
     before the reply, and on_refusal(refusal) with each Refusal. Raises TypeError or ValueError
     for an invalid option.
-    """
 
-    config: Config
-    handler: Handler | None
-    host: str
-    """The first address that the server listens on."""
-    port: int
-    """The port, known once the server has started."""
-    addresses: list[tuple[str, int]]
-    """All addresses that the server listens on, with their ports."""
-    maildir: MaildirStore | None
-    """Where messages are stored, once the server has started; None if they are not."""
-    cafile: str | None
-    """The temporary certificate, for clients that verify it; it exists while the server runs."""
+    These attributes are set once the server has started: host and port are the first address
+    that it listens on, and addresses are all of them. maildir is where messages are stored, or
+    None. cafile is the file of the temporary certificate, for clients that verify it, or None;
+    it exists while the server runs.
+    """
 
     def __init__(
         self,
@@ -2548,9 +2533,9 @@ class Server:
         self.config = with_options(config or Config(), options)
         self.handler = handler
         self.host, self.port = self.config.interface, self.config.port
-        self.addresses = []
-        self.maildir = None
-        self.cafile = None
+        self.addresses: list[tuple[str, int]] = []
+        self.maildir: MaildirStore | None = None
+        self.cafile: str | None = None
         self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
@@ -2574,21 +2559,14 @@ class Server:
                 cleanup.callback(sock.close)
                 # Accepted sockets inherit it. asyncio sets it only for sockets of another kind.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            cert, key = self.config.cert, self.config.key
-            if self.config.tls is not None and cert is None:
-                import tempfile
-
-                folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
-                cert, key = make_certificate(folder)
-                self.cafile = cert
-            if cert is not None:
-                self._tls_context = make_tls_context(cert, key)
+            if self.config.tls is not None:
+                self._tls_context = self._make_tls_context(cleanup)
             if self.handler is None or self.config.directory is not None:
                 # This starts the first thread; later, the system may have none.
                 self.maildir = await asyncio.get_running_loop().run_in_executor(
                     self._threads, MaildirStore, self.config.directory
                 )
-                self._pool = StoragePool(self.maildir.store, self._threads)
+                self._pool = StoragePool(self.maildir, self._threads)
             for sock in sockets:
                 listener = await asyncio.start_server(
                     self._serve_client, sock=sock, backlog=MAX_CONNECTIONS
@@ -2599,6 +2577,15 @@ class Server:
             self._cleanup = cleanup.pop_all()
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
         self.host, self.port = self.addresses[0]
+
+    def _make_tls_context(self, cleanup: contextlib.ExitStack) -> ssl.SSLContext:
+        if self.config.cert is not None:
+            return make_tls_context(self.config.cert, self.config.key)
+        import tempfile
+
+        folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
+        self.cafile, key = make_certificate(folder)
+        return make_tls_context(self.cafile, key)
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""
@@ -2717,18 +2704,17 @@ async def _call_in_thread(handler: Handler, envelope: Envelope) -> object:
     """Call the handler in a thread of its own; return what it returns.
 
     The thread is a daemon, so that a handler that never returns does not keep the program
-    from ending. Raises SMTPError, or RuntimeError for any other exception of the handler.
+    from ending. Raises what _handler_result() raises.
     """
     loop = asyncio.get_running_loop()
     returned = asyncio.Event()
-    outcome: list[object] = []
-    errors: list[BaseException] = []
+    outcome: concurrent.futures.Future[object] = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            outcome.append(handler(envelope))
+            outcome.set_result(handler(envelope))
         except BaseException as error:  # SystemExit too: it ends only this call
-            errors.append(error)
+            outcome.set_exception(error)
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             loop.call_soon_threadsafe(returned.set)
 
@@ -2738,17 +2724,13 @@ async def _call_in_thread(handler: Handler, envelope: Envelope) -> object:
         log.error("Cannot call the handler: %s", error)
         raise SMTPError(451, "4.3.0", "Cannot accept the message, try again later") from error
     await returned.wait()
-    if not errors:
-        return outcome[0]
-    if isinstance(errors[0], SMTPError):
-        raise errors[0]
-    raise RuntimeError("The handler failed") from errors[0]
+    return _handler_result(outcome)
 
 
 async def _run_in_task(awaitable: Awaitable[object]) -> None:
     """Wait for what an async handler returns, in a task that it may cancel.
 
-    Raises the same as _call_in_thread().
+    Raises what _handler_result() raises.
     """
     task = asyncio.ensure_future(awaitable)
     try:
@@ -2756,8 +2738,16 @@ async def _run_in_task(awaitable: Awaitable[object]) -> None:
     except asyncio.CancelledError:  # the event loop ends
         task.cancel()
         raise
+    _handler_result(task)
+
+
+def _handler_result(outcome: concurrent.futures.Future[object] | asyncio.Future[object]) -> object:
+    """Return what a handler returned.
+
+    Raises the SMTPError that it raised, or RuntimeError for any other exception.
+    """
     try:
-        task.result()
+        return outcome.result()
     except SMTPError:
         raise
     except BaseException as error:  # such as a failure of pytest
@@ -2768,17 +2758,18 @@ async def _run_in_task(awaitable: Awaitable[object]) -> None:
 
 
 class Inbox:
-    """What a server of capture() has accepted and refused; all methods are thread-safe."""
+    """What a server of capture() has accepted and refused; all methods are thread-safe.
+
+    host and port are the address to send to. url is both, such as "smtp://127.0.0.1:1025", with
+    smtps:// for implicit TLS. cafile is the file of the temporary certificate, for clients that
+    verify it, or None.
+    """
 
     def __init__(self) -> None:
         self.host = ""
-        """The address to send to."""
         self.port = 0
-        """The port to send to."""
         self.url = ""
-        """Both, such as "smtp://127.0.0.1:1025"; with smtps:// for implicit TLS."""
         self.cafile: str | None = None
-        """The file of the temporary certificate, for clients that verify it, or None."""
         self._server: Server
         self._messages: list[Envelope] = []
         self._refused: list[Refusal] = []
@@ -2787,14 +2778,12 @@ class Inbox:
     @property
     def messages(self) -> list[Envelope]:
         """The accepted messages, oldest first."""
-        with self._changed:
-            return list(self._messages)
+        return list(self._messages)
 
     @property
     def refused(self) -> list[Refusal]:
         """The refused commands and messages, oldest first."""
-        with self._changed:
-            return list(self._refused)
+        return list(self._refused)
 
     def fail(self, *rules: str) -> None:
         """Replace the failure rules of the server; without arguments, remove them.
@@ -2813,10 +2802,6 @@ class Inbox:
         with self._changed:
             self._messages.append(envelope)
             self._changed.notify_all()
-
-    def _add_refusal(self, refusal: Refusal) -> None:
-        with self._changed:
-            self._refused.append(refusal)
 
     def wait(
         self,
@@ -2848,14 +2833,13 @@ class Inbox:
         criteria = {"to": to, "mail_from": mail_from, "subject": subject}
 
         def matching() -> list[Envelope]:
-            matches = [message for message in self._messages if _matches(message, **criteria)]
-            return matches[:count]
+            return [message for message in self._messages if _matches(message, **criteria)]
 
         with self._changed:
             self._changed.wait_for(lambda: len(matching()) >= count, timeout)
             found = matching()
             if len(found) >= count:
-                return found
+                return found[:count]
             arrived = [f"\n  {message.summary()}" for message in self._messages] or [" nothing"]
         given = [f"{name} {text!r}" for name, text in criteria.items() if text is not None]
         raise TimeoutError(
@@ -2886,7 +2870,7 @@ def capture(*, handler: Handler | None = None, **options: Unpack[Options]) -> It
         handler = _discard_message  # the inbox keeps it
     inbox = Inbox()
     inbox._server = server = Server(
-        config, handler=handler, on_message=inbox._add_message, on_refusal=inbox._add_refusal
+        config, handler=handler, on_message=inbox._add_message, on_refusal=inbox._refused.append
     )
     with _run_in_thread(server):
         inbox.host, inbox.port = client_host(server.host), server.port
@@ -2926,14 +2910,13 @@ def _run_in_thread(server: Server) -> Iterator[None]:
     finally:
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             stopped.set_result(None)  # unless a handler has ended the event loop
-        # If the block was left open until the interpreter ends, the thread no longer runs.
-        can_end = thread.ident is not None and not sys.is_finalizing()
-        if can_end:
+        # If the block was left open until the interpreter ends, the thread is alive, but it no
+        # longer runs.
+        if thread.is_alive() and not sys.is_finalizing():
             thread.join(HANDLER_TIMEOUT)
-    if can_end and thread.is_alive():
-        raise RuntimeError(
-            f"the handler {server.handler!r} has not returned for {HANDLER_TIMEOUT} s"
-        )
+    if thread.is_alive() and not sys.is_finalizing():
+        text = f"the handler {server.handler!r} has not returned for {HANDLER_TIMEOUT} s"
+        raise RuntimeError(text)
 
 
 async def _discard_message(envelope: Envelope) -> None:
@@ -2968,10 +2951,79 @@ def pytest_configure(config: Any) -> None:
 # --- Command line ---------------------------------------------------------------------
 
 
+_HELP = f"""\
+usage: dsmtpd [options] [-- COMMAND [ARG ...]]
+
+A local SMTP server that stores every message in a Maildir and never delivers it.
+With a COMMAND, it runs until the command ends.
+
+listening:
+  -p, --port PORT          Listen on this port ({Config.port}); 0 selects a free one.
+  -i, --interface ADDRESS  Listen on this address ({Config.interface}), or on all
+                           addresses of a host name.
+  --reuse-port             Share the port with other servers.
+
+messages:
+  -d, --directory DIR      Store messages in this Maildir (the current
+                           directory, or a temporary one with a COMMAND).
+  --handler MODULE:CALLABLE
+                           Call this with each message.
+  -s, --max-size BYTES     Reject larger messages ({Config.max_size}); 0 means no limit.
+  --strict                 Reject messages with warnings.
+  --ignore NAME            Do not give warnings of this name; repeatable.
+
+SMTP:
+  --tls MODE               Use TLS 1.2 or newer. MODE is starttls to offer
+                           STARTTLS, required to reject clients without it, or
+                           implicit to start with TLS.
+  --cert PEM               Use this certificate (a temporary one for
+                           localhost).
+  --key PEM                Use this private key (the one in the --cert file).
+  --auth USER:PASSWORD     Require this login; repeatable. Without it, any
+                           login succeeds.
+  --without KEYWORD        Do not offer this extension, such as CHUNKING;
+                           repeatable.
+  --disable-smtputf8       The same as --without SMTPUTF8.
+
+testing:
+  --fail RULE              Make a command or a message fail; repeatable. RULE
+                           is 'VERB GLOB [xN] ACTION'. VERB is CONNECT, a
+                           command, or . for a message. ACTION is CODE [x.y.z]
+                           [text] [drop], delay SECONDS, drop or ok.
+  --expect N               Exit with status 1 if fewer than N messages arrive,
+                           or, with 0, if any does. Without a COMMAND, stop
+                           after N messages.
+  --timeout SECONDS        Stop after this time.
+
+output:
+  --print [FILE]           Print each message to this file (standard output).
+  --json [FILE]            Write each event to this file (standard output) as
+                           one line of JSON.
+  -v, --verbose            Log each session as C: and S: lines.
+  -q, --quiet              Log only warnings and errors.
+  --version                Print the version.
+  -h, --help               Print the options.
+
+Examples:
+  dsmtpd -d mail --print              store and print each message
+  dsmtpd -p 0 --expect 1 -- make test run tests; fail if they sent no message
+  dsmtpd --fail 'RCPT full@* 452 4.2.2 Mailbox full'
+
+Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage, or a
+directory, file, certificate or handler that cannot be used, 3 cannot listen;
+with a COMMAND that ran and met the expectation, the exit status of the command
+"""
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser that prints one line for wrong usage; the options are in --help."""
+    """A parser that prints _HELP, and one line for wrong usage."""
+
+    def format_help(self) -> str:
+        """Return the text of --help."""
+        return _HELP
 
     def error(self, message: str) -> NoReturn:
+        """End the program because of wrong usage."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -2987,7 +3039,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = _make_parser()
     args, unknown = parser.parse_known_args(argv[:end_of_options])
     if unknown:
-        parser.error(_unknown_argument(unknown[0]))
+        text = f"unexpected argument {unknown[0]}; a command goes after --"
+        if unknown[0].startswith("-"):
+            text = f"unknown option {unknown[0]}"
+        parser.error(text)
     args.auth = dict(args.auth)
     args.command = argv[end_of_options + 1 :]
     if end_of_options < len(argv) and not (args.command and args.command[0]):
@@ -3000,168 +3055,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _unknown_argument(text: str) -> str:
-    if text.startswith("-"):
-        return f"unknown option {text}"
-    return f"unexpected argument {text}; a command goes after --"
-
-
 _REPEATABLE: Any = {"action": "append", "default": []}
-
-_EXAMPLES = """\
-Examples:
-  dsmtpd -d mail --print              store and print each message
-  dsmtpd -p 0 --expect 1 -- make test run tests; fail if they sent no message
-  dsmtpd --fail 'RCPT full@* 452 4.2.2 Mailbox full'
-
-Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage, or a directory, file,
-certificate or handler that cannot be used, 3 cannot listen; with a COMMAND that ran and met
-the expectation, the exit status of the command"""
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="dsmtpd",
-        usage="%(prog)s [options] [-- COMMAND [ARG ...]]",
-        description="A local SMTP server that stores every message in a Maildir and never"
-        " delivers it.\nWith a COMMAND, it runs until the command ends.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_listening_options(parser.add_argument_group("listening"))
-    _add_message_options(parser.add_argument_group("messages"))
-    _add_protocol_options(parser.add_argument_group("SMTP"))
-    _add_testing_options(parser.add_argument_group("testing"))
-    _add_output_options(parser.add_argument_group("output"))
+    parser = _Parser(prog="dsmtpd", allow_abbrev=False)
+    add = parser.add_argument
+    add("-p", "--port", type=_integer, default=Config.port)
+    add("-i", "--interface", default=Config.interface)
+    add("--reuse-port", action="store_true")
+    add("-d", "--directory")
+    add("--handler")
+    add("-s", "--max-size", type=_integer, default=Config.max_size)
+    add("--strict", action="store_true")
+    add("--ignore", choices=list(WARNINGS), **_REPEATABLE)
+    add("--tls", choices=TLS_MODES)
+    add("--cert")
+    add("--key")
+    add("--auth", type=_credentials, **_REPEATABLE)
+    add("--without", type=str.upper, choices=EXTENSIONS, **_REPEATABLE)
+    add("--disable-smtputf8", dest="smtputf8", action="store_false")
+    add("--fail", type=_rule, **_REPEATABLE)
+    add("--expect", type=_count)
+    add("--timeout", type=_seconds)
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--print", nargs="?", const="-")
+    output.add_argument("--json", nargs="?", const="-")
+    add("-v", "--verbose", action="store_true")
+    add("-q", "--quiet", action="store_true")
+    add("--version", action="version", version=f"dsmtpd {__version__}")
     return parser
-
-
-def _add_listening_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "-p",
-        "--port",
-        type=_integer,
-        default=Config.port,
-        help="Listen on this port (%(default)s); 0 selects a free one.",
-    )
-    add(
-        "-i",
-        "--interface",
-        metavar="ADDRESS",
-        default=Config.interface,
-        help="Listen on this address (%(default)s), or on all addresses of a host name.",
-    )
-    add("--reuse-port", action="store_true", help="Share the port with other servers.")
-
-
-def _add_message_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "-d",
-        "--directory",
-        metavar="DIR",
-        help="Store messages in this Maildir (the current"
-        " directory, or a temporary one with a COMMAND).",
-    )
-    add("--handler", metavar="MODULE:CALLABLE", help="Call this with each message.")
-    add(
-        "-s",
-        "--max-size",
-        metavar="BYTES",
-        type=_integer,
-        default=Config.max_size,
-        help="Reject larger messages (%(default)s); 0 means no limit.",
-    )
-    add("--strict", action="store_true", help="Reject messages with warnings.")
-    add(
-        "--ignore",
-        metavar="NAME",
-        choices=list(WARNINGS),
-        **_REPEATABLE,
-        help="Do not give warnings of this name; repeatable.",
-    )
-
-
-def _add_protocol_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--tls",
-        choices=TLS_MODES,
-        help="Use TLS 1.2 or newer: offer STARTTLS, reject clients without it, or start with TLS.",
-    )
-    add("--cert", metavar="PEM", help="Use this certificate (a temporary one for localhost).")
-    add("--key", metavar="PEM", help="Use this private key (the one in the --cert file).")
-    add(
-        "--auth",
-        metavar="USER:PASSWORD",
-        type=_credentials,
-        **_REPEATABLE,
-        help="Require this login; repeatable. Without it, any login succeeds.",
-    )
-    add(
-        "--without",
-        metavar="KEYWORD",
-        type=str.upper,
-        choices=EXTENSIONS,
-        **_REPEATABLE,
-        help="Do not offer this extension, such as CHUNKING; repeatable.",
-    )
-    add(
-        "--disable-smtputf8",
-        dest="smtputf8",
-        action="store_false",
-        help="The same as --without SMTPUTF8.",
-    )
-
-
-def _add_testing_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--fail",
-        metavar="RULE",
-        type=_rule,
-        **_REPEATABLE,
-        help="Make a command or a message fail; repeatable. RULE is 'VERB GLOB [xN] ACTION'."
-        " VERB is CONNECT, a command, or . for a message. ACTION is CODE [x.y.z] [text] [drop],"
-        " delay SECONDS, drop or ok.",
-    )
-    add(
-        "--expect",
-        metavar="N",
-        type=_count,
-        help="Exit with status 1 if fewer than N messages arrive, or, with 0, if any does."
-        " Without a COMMAND, stop after N messages.",
-    )
-    add("--timeout", metavar="SECONDS", type=_seconds, help="Stop after this time.")
-
-
-def _add_output_options(group: argparse._ArgumentGroup) -> None:
-    output = group.add_mutually_exclusive_group()
-    output.add_argument(
-        "--print",
-        metavar="FILE",
-        nargs="?",
-        const="-",
-        help="Print each message to this file (standard output).",
-    )
-    output.add_argument(
-        "--json",
-        metavar="FILE",
-        nargs="?",
-        const="-",
-        help="Write each event to this file (standard output) as one line of JSON.",
-    )
-    add = group.add_argument
-    add("-v", "--verbose", action="store_true", help="Log each session as C: and S: lines.")
-    add("-q", "--quiet", action="store_true", help="Log only warnings and errors.")
-    add(
-        "--version",
-        action="version",
-        version=f"dsmtpd {__version__}",
-        help="Print the version.",
-    )
 
 
 def _credentials(text: str) -> tuple[str, str]:
@@ -3273,10 +3196,10 @@ class _WarningLimit(logging.Filter):
             self._minute = minute
             self._counts.clear()
         self._counts[record.msg] += 1
-        if self._counts[record.msg] == MAX_LOGGED_WARNINGS:
+        count = self._counts[record.msg]
+        if count == MAX_LOGGED_WARNINGS:
             record.msg, record.args = f"{record.getMessage()} (no more of these in this minute)", ()
-            return True
-        return self._counts[record.msg] < MAX_LOGGED_WARNINGS
+        return count <= MAX_LOGGED_WARNINGS
 
 
 class _LogFormatter(logging.Formatter):
@@ -3317,7 +3240,7 @@ _MESSAGE_START = "---------- MESSAGE FOLLOWS ----------"
 
 
 def _open_output(path: str, start: str) -> TextIO | None:
-    """Open a file for the output. Raises OSError also if it is a file with another start."""
+    """Open a file for output that begins with start. Raises OSError also for other content."""
     if path == "-":
         return _open_stdout()
     if os.path.isfile(path):
@@ -3344,13 +3267,13 @@ class _Output:
     """Writes to a file in a thread, so that a file that nobody reads delays nothing else."""
 
     def __init__(self, file: TextIO | None, name: str) -> None:
-        self._file = file
+        self._file = file  # None after an error
         self._name = name
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[tuple[Callable[[], str], int, asyncio.Future[None]] | None]
         self._queue = queue.SimpleQueue()
         self._waiting = 0  # octets that are not written yet
-        self._is_read = True
+        self._is_read = True  # False after OUTPUT_TIMEOUT, until something is written
         self._closed = self._loop.create_future()
         # A daemon does not keep the program from ending.
         threading.Thread(target=self._run, name="dsmtpd output", daemon=True).start()
@@ -3370,7 +3293,7 @@ class _Output:
         return written
 
     async def write(self, get_text: Callable[[], str], size: int) -> None:
-        """Do the same, and wait until it is written, unless nobody reads the file."""
+        """Do the same as put(), and wait until it is written, unless nobody reads the file."""
         written = self.put(get_text, size)
         if self._is_read:
             await asyncio.wait([written], timeout=OUTPUT_TIMEOUT)
@@ -3388,15 +3311,14 @@ class _Output:
 
     def _run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is closed
-            while (item := self._queue.get()) is not None:
-                get_text, size, written = item
+            for get_text, size, written in iter(self._queue.get, None):
                 self._write_text(get_text)
                 self._loop.call_soon_threadsafe(self._on_written, size, written)
             self._close_file()
             self._loop.call_soon_threadsafe(self._closed.set_result, None)
 
     def _write_text(self, get_text: Callable[[], str]) -> None:
-        if self._file is None:  # writing has failed
+        if self._file is None:
             return
         try:
             self._file.write(get_text())
@@ -3416,52 +3338,109 @@ class _Output:
     def _on_written(self, size: int, written: asyncio.Future[None]) -> None:
         self._waiting -= size
         self._is_read = True
-        if not written.done():
-            written.set_result(None)
+        written.set_result(None)
 
 
-class _StartError(Exception):
-    """The server cannot start; the program ends with this exit status."""
+class _Command:
+    """The command after "--"."""
 
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
+    def __init__(self, arguments: list[str], timeout: float | None) -> None:
+        self._arguments = arguments
+        self._timeout = timeout
+        self._process: asyncio.subprocess.Process | None = None
+        self._early_signals: list[str] = []  # arrived before the process has started
+
+    async def run(self, env: dict[str, str]) -> int:
+        """Run the command; return its exit status as a shell does."""
+        try:
+            # With a session of its own, its processes are signalled together.
+            process = await asyncio.create_subprocess_exec(
+                *self._arguments, env={**os.environ, **env}, start_new_session=True
+            )
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
+            log.error("Cannot run %s: %s", self._arguments[0], error)
+            return 127
+        self._process = process
+        for name in self._early_signals:
+            self.send_signal(name)
+        status = await self._wait(process)
+        self._kill_remaining_processes(process.pid)
+        self._process = None
+        return status if status >= 0 else 128 - status
+
+    async def _wait(self, process: asyncio.subprocess.Process) -> int:
+        """Wait until the process ends, or end it after --timeout; return its exit status."""
+        ended = asyncio.ensure_future(process.wait())
+        await asyncio.wait([ended], timeout=self._timeout)
+        if ended.done():
+            return ended.result()
+        for name in ("SIGTERM", "SIGKILL"):
+            log.warning("Timeout: sending %s to %s", name, self._arguments[0])
+            self.send_signal(name)
+            await asyncio.wait([ended], timeout=KILL_TIMEOUT)
+            if ended.done():
+                break
+        return await ended or -signal.SIGTERM  # a server ends with status 0 at SIGTERM
+
+    def send_signal(self, name: str) -> None:
+        """Send a signal to all processes of the command; before it starts, once it has."""
+        if self._process is None:
+            self._early_signals.append(name)
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.name == "posix":
+                os.killpg(self._process.pid, signal.Signals[name])
+            elif name in ("SIGTERM", "SIGKILL"):  # Windows has only these
+                self._process.kill()
+            # On Windows, the console sends Ctrl-C and Ctrl-Break to the command as well.
+
+    def _kill_remaining_processes(self, pid: int) -> None:
+        """Kill the processes that the command has left running, after it has ended."""
+        if os.name != "posix":
+            return
+        with contextlib.suppress(PermissionError):
+            try:
+                os.getsid(pid)  # succeeds if another process has got its number
+            except ProcessLookupError:
+                self.send_signal("SIGKILL")
+
+
+def _exit_with_error(status: int, text: str) -> NoReturn:
+    """Log why the server cannot start, and end the program."""
+    log.error("%s", text)
+    sys.exit(status)
 
 
 class _Program:
-    """One run of the program: the server, its output, and the command after "--"."""
+    """One run of the program: the server, its output, its signal handlers and the command."""
 
     def __init__(self, args: argparse.Namespace, cleanup: contextlib.ExitStack) -> None:
         self._args = args
-        self._cleanup = cleanup
-        self._config: Config = args.config
+        self._cleanup = cleanup  # removes temporary files
+        self._command = _Command(args.command, args.timeout)
         self._output: _Output | None = None
         self._loop: asyncio.AbstractEventLoop
         self._stop = asyncio.Event()
-        self._signal = ""  # the name of the first signal
         self._received = 0  # messages
         self._refused = 0  # commands and messages
-        self._process: asyncio.subprocess.Process | None = None
 
     async def run(self) -> int:
         """Run until the program is stopped; return the exit status."""
         self._loop = asyncio.get_running_loop()
         limit_loop_errors(self._loop)
-        try:
-            server = await self._start()
-        except _StartError as error:
-            log.error("%s", error)
-            return error.status
+        server = await self._start()
         self._set_signal_handlers()
         self._announce(server)
+        status = 0
         if self._args.command:
-            status = await self._run_command(server)
+            status = await self._command.run(self._environment(server))
         else:
-            status = await self._wait(server)
+            await self._wait_until_stopped(server)
         log.info("Cleaning up")
-        limited = self._args.command or self._args.expect is not None or self._args.timeout
+        # A test run does not wait for its handler forever.
+        is_test_run = self._args.command or self._args.expect is not None or self._args.timeout
         try:
-            await asyncio.wait_for(server.close(), HANDLER_TIMEOUT if limited else None)
+            await asyncio.wait_for(server.close(), HANDLER_TIMEOUT if is_test_run else None)
             if self._output is not None:
                 await self._output.close()
         except asyncio.TimeoutError:
@@ -3473,20 +3452,18 @@ class _Program:
         return status or expectation_status
 
     async def _start(self) -> Server:
+        """Start the server and the output, or end the program with a line that says why not."""
+        config: Config = self._args.config
         try:
             handler = _load_handler(self._args.handler) if self._args.handler else None
         except ValueError as error:
-            raise _StartError(2, f"Cannot start: {error}") from error
+            _exit_with_error(2, f"Cannot start: {error}")
         try:
-            sockets = _systemd_sockets() or listen(self._config)
+            sockets = _systemd_sockets() or listen(config)
         except (OSError, ValueError) as error:
-            text = f"Cannot listen on {_listen_error(self._config, error)}"
-            raise _StartError(3, text) from error
+            _exit_with_error(3, f"Cannot listen on {_listen_error(config, error)}")
         server = Server(
-            self._config,
-            handler=handler,
-            on_message=self._on_message,
-            on_refusal=self._on_refusal,
+            config, handler=handler, on_message=self._on_message, on_refusal=self._on_refusal
         )
         try:
             await server.start(sockets)
@@ -3494,7 +3471,7 @@ class _Program:
                 self._output = self._start_output(self._args.json or self._args.print)
         except (OSError, RuntimeError, ValueError, mailbox.Error) as error:
             await server.close()
-            raise _StartError(2, f"Cannot start: {error}") from error
+            _exit_with_error(2, f"Cannot start: {error}")
         if server.cafile is not None:
             import shutil
 
@@ -3515,17 +3492,14 @@ class _Program:
         expected, rejected = self._args.expect, server.rejected_messages
         if expected is None:
             return 0
-        enough = self._received >= expected if expected else self._received == 0
-        if enough and not rejected:
+        is_met = self._received == 0 if expected == 0 else self._received >= expected
+        if is_met and not rejected:
             return 0
-        log.error(
+        text = (
             "Expected messages: %d, arrived: %d, rejected by --strict: %d,"
-            " refused commands and messages: %d",
-            expected,
-            self._received,
-            rejected,
-            self._refused,
+            " refused commands and messages: %d"
         )
+        log.error(text, expected, self._received, rejected, self._refused)
         return 1
 
     def _announce(self, server: Server) -> None:
@@ -3572,22 +3546,15 @@ class _Program:
             signal.signal(signal.SIGTSTP, self._on_suspend)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        """Stop at the first signal, and end at the second, even if a handler blocks the loop.
-
-        A command gets the first signal, and is killed at the second.
-        """
-        if self._signal:
-            self._end(number)
-        self._signal = signal.Signals(number).name
-        if self._process is not None:
-            _signal_command(self._process, self._signal)
+        """Handle the first signal: pass it to the command, and stop."""
+        _on_signals(self._on_second_signal)
+        self._command.send_signal(signal.Signals(number).name)
         with contextlib.suppress(RuntimeError):  # the event loop is closed: the program ends
             self._loop.call_soon_threadsafe(self._stop.set)
 
-    def _end(self, number: int) -> NoReturn:
+    def _on_second_signal(self, number: int, frame: object) -> NoReturn:
         """Kill the command, and end the program by this signal without waiting for anything."""
-        if self._process is not None:
-            _signal_command(self._process, "SIGKILL")
+        self._command.send_signal("SIGKILL")
         self._cleanup.close()
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -3596,54 +3563,17 @@ class _Program:
     def _on_suspend(self, number: int, frame: object) -> None:
         """Stop at Ctrl-Z, together with the command, and continue with it."""
         # The system ignores SIGTSTP in a session without a terminal, such as that of the command.
-        if self._process is not None:
-            _signal_command(self._process, "SIGSTOP")
+        self._command.send_signal("SIGSTOP")
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)  # returns at SIGCONT
         signal.signal(number, self._on_suspend)
-        if self._process is not None:
-            _signal_command(self._process, "SIGCONT")
+        self._command.send_signal("SIGCONT")
 
-    async def _wait(self, server: Server) -> int:
+    async def _wait_until_stopped(self, server: Server) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stop.wait(), self._args.timeout)
         if self._args.expect is not None and self._received >= self._args.expect:
             await server.wait_for_quit(STOP_TIMEOUT)
-        return 0
-
-    async def _run_command(self, server: Server) -> int:
-        """Run the command while the server listens; return its exit status as a shell does."""
-        command = self._args.command
-        try:
-            # With a session of its own, its processes are signalled together.
-            process = await asyncio.create_subprocess_exec(
-                *command, env={**os.environ, **self._environment(server)}, start_new_session=True
-            )
-        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
-            log.error("Cannot run %s: %s", command[0], error)
-            return 127
-        self._process = process
-        if self._signal:  # it arrived while the command was being started
-            _signal_command(process, self._signal)
-        timed_out = await self._wait_for_process(process)
-        status = await process.wait()
-        self._process = None
-        _kill_remaining_processes(process)
-        if timed_out and status == 0:  # it ended by itself at SIGTERM, as servers do
-            return 128 + signal.SIGTERM
-        return status if status >= 0 else 128 - status
-
-    async def _wait_for_process(self, process: asyncio.subprocess.Process) -> bool:
-        """Wait until the process ends. After --timeout, end it and return True."""
-        ended = asyncio.ensure_future(process.wait())
-        for seconds, name in [(self._args.timeout, "SIGTERM"), (KILL_TIMEOUT, "SIGKILL")]:
-            await asyncio.wait([ended], timeout=seconds)
-            if ended.done():
-                return name == "SIGKILL"
-            log.warning("Timeout: sending %s to %s", name, self._args.command[0])
-            _signal_command(process, name)
-        await ended
-        return True
 
     def _environment(self, server: Server) -> dict[str, str]:
         """Return the environment variables that tell the command where to send messages."""
@@ -3655,22 +3585,22 @@ class _Program:
         return env
 
 
+_LISTEN_ERRORS = {
+    errno.EADDRINUSE: "the port is in use; use another one, or -p 0 for any free port",
+    errno.EADDRNOTAVAIL: "this machine does not have that address",
+    errno.EACCES: "ports below 1024 are reserved for root; use -p 1025, or systemd with"
+    " contrib/dsmtpd.socket",
+}
+
+
 def _listen_error(config: Config, error: Exception) -> str:
     """Return the address, what is wrong with it, and what to use instead."""
-    address = format_address((config.interface, config.port))
+    text = str(error)
     if isinstance(error, socket.gaierror | UnicodeError):
-        return f"{address}: unknown host name"
-    number = error.errno if isinstance(error, OSError) else None
-    if number == errno.EADDRINUSE:
-        return f"{address}: the port is in use; use another one, or -p 0 for any free port"
-    if number == errno.EADDRNOTAVAIL:
-        return f"{address}: this machine does not have that address"
-    if number == errno.EACCES:
-        return (
-            f"{address}: ports below 1024 are reserved for root;"
-            " use -p 1025, or systemd with contrib/dsmtpd.socket"
-        )
-    return f"{address}: {error}"
+        text = "unknown host name"
+    elif isinstance(error, OSError):
+        text = _LISTEN_ERRORS.get(error.errno or 0, text)
+    return f"{format_address((config.interface, config.port))}: {text}"
 
 
 def _systemd_sockets() -> list[socket.socket]:
@@ -3701,28 +3631,6 @@ def _load_handler(name: str) -> Handler:
     if not callable(handler):
         raise ValueError(f"--handler {name}: {path} is not callable")
     return handler
-
-
-def _signal_command(process: asyncio.subprocess.Process, name: str) -> None:
-    """Send a signal to all processes of the command."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if os.name == "posix":
-            os.killpg(process.pid, signal.Signals[name])
-        elif name in ("SIGTERM", "SIGKILL"):  # Windows has only these
-            process.kill()
-        # On Windows, the console sends Ctrl-C and Ctrl-Break to the command as well.
-
-
-def _kill_remaining_processes(process: asyncio.subprocess.Process) -> None:
-    """Kill the processes that a command has left running, after it has ended."""
-    if os.name != "posix":
-        return
-    try:
-        os.getsid(process.pid)  # succeeds if another process has got its number
-    except ProcessLookupError:
-        _signal_command(process, "SIGKILL")
-    except PermissionError:
-        pass
 
 
 def _on_signals(handler: Callable[[int, object], object]) -> None:
@@ -3777,10 +3685,10 @@ _LAYOUT_CHARACTERS = dict.fromkeys(map(ord, "\u00ad\u034f\u200b\u200c\u200d\ufef
 
 def _as_text(envelope: Envelope) -> str:
     """Return a message for a person, with control characters escaped."""
-    header = {name: envelope.email[name] for name in ("From", "To", "Cc", "Reply-To", "Date")}
-    fields = [f"{name}: {value}" for name, value in header.items() if value is not None]
-    fields.append(f"Subject: {envelope.subject}")
-    fields.append(f"Envelope: {envelope.mail_from} -> {', '.join(envelope.rcpt_tos)}")
+    names = ("From", "To", "Cc", "Reply-To", "Date")
+    header = [f"{name}: {envelope.email[name]}" for name in names if name in envelope.email]
+    header.append(f"Subject: {envelope.subject}")
+    header.append(f"Envelope: {envelope.mail_from} -> {', '.join(envelope.rcpt_tos)}")
     text = envelope.text or parse_html(envelope.html)[0]
     if "\0" in text:
         text = f"({len(text)} bytes of binary content)"
@@ -3791,11 +3699,10 @@ def _as_text(envelope: Envelope) -> str:
         f"  {item.name or 'unnamed'} ({item.type}, {len(item.content)} bytes)"
         for item in envelope.attachments
     ]
-    parts = [_shorten("\n".join(fields)), text]
+    parts = [_shorten("\n".join(header)), text]
     parts += [_shorten("\n".join(lines)) for lines in (links, attachments) if len(lines) > 1]
-    rows = "\n\n".join(parts).split("\n")
-    rows = ["\t".join(map(escape_unprintable, row.split("\t"))) for row in rows]
-    return "\n".join([_MESSAGE_START, *rows, "------------ END MESSAGE ------------", ""])
+    text = re.sub(r"[^\n\t]+", lambda match: escape_unprintable(match[0]), "\n\n".join(parts))
+    return f"{_MESSAGE_START}\n{text}\n------------ END MESSAGE ------------\n"
 
 
 def _shorten(text: str) -> str:

@@ -5303,6 +5303,12 @@ def unknown_name(option: str) -> str:
     return command(option, "x").stderr.rpartition("argument")[2].replace(option, "")
 
 
+def test_options_of_the_help() -> None:
+    """The text of --help lists the options that the parser has."""
+    shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", command("-h").stdout))
+    assert shown == set(dsmtpd._make_parser()._option_string_actions)
+
+
 def test_options_of_the_readme() -> None:
     """The README lists the same options as --help."""
     shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", command("-h").stdout))
