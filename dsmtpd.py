@@ -28,6 +28,7 @@ import errno
 import html
 import importlib
 import inspect
+import io
 import logging
 import mailbox
 import operator
@@ -137,9 +138,12 @@ SLOW_DELIVERY = 0.01
 # because of --expect, --timeout or the end of the command.
 HANDLER_TIMEOUT = 10.0
 
-# Seconds without progress after which a delivery, and the end of the program, no longer wait for
-# an output that nobody reads.
+# Seconds after which a delivery, and the end of the program, no longer wait for an output that
+# nobody reads.
 OUTPUT_TIMEOUT = 2.0
+
+# Characters that are written to an output at a time, to see whether somebody reads it.
+OUTPUT_SIZE = 65_536
 
 # Octets of messages and events that may wait for an output that nobody reads.
 MAX_WAITING_OUTPUT = 64 * 1024 * 1024
@@ -149,6 +153,9 @@ MAX_PRINTED_LENGTH = 100_000
 
 # Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
 KILL_TIMEOUT = 5.0
+
+# Seconds after which a file in the tmp of a Maildir is a leftover (maildir(5)).
+LEFTOVER_AGE = 36 * 60 * 60
 
 # Maximum bytes of one read from a client.
 READ_SIZE = 65_536
@@ -1234,6 +1241,11 @@ class Session:
         """Add bytes that arrive while an action is performed; receive() processes them next."""
         self._buffer += data
 
+    @property
+    def has_input(self) -> bool:
+        """Whether the client has sent something that is not processed yet."""
+        return len(self._buffer) > 0
+
     def close(self, reply: Reply | None = None) -> None:
         """Discard the transaction. reply is the last one of the connection, for the log."""
         if reply is not None:
@@ -1993,8 +2005,10 @@ def _require_writable(path: Path) -> None:
 
 def _remove_leftovers(path: Path) -> None:
     """Remove what programs that were killed have left in tmp."""
-    with contextlib.suppress(OSError):  # another program removes it, or it is a folder
-        mailbox.Maildir(path, create=False).clean()
+    for file in (path / "tmp").iterdir():
+        with contextlib.suppress(OSError):  # another program removes it, or it is a folder
+            if file.stat().st_mtime < time.time() - LEFTOVER_AGE:
+                file.unlink()
 
 
 _BARE_CR = re.compile(rb"\r(?!\n)")
@@ -2190,16 +2204,17 @@ class Connection:
     async def _read_ahead(self) -> None:
         """During a delay, give the session what the client sends, at most READ_SIZE bytes.
 
-        Never returns. Raises OSError if the client disconnects.
+        Never returns. Raises OSError if the client disconnects. A client that has sent more
+        commands may have closed only its side of the connection, and wait for the replies.
         """
         remaining = READ_SIZE
-        while remaining:
-            data = await self._reader.read(remaining)
-            if not data:
-                raise ConnectionResetError("The client has disconnected")
+        while remaining and (data := await self._reader.read(remaining)):
             self._session.feed(data)
             remaining -= len(data)
-        await asyncio.Event().wait()
+        while True:
+            if not self._session.has_input or self._writer.is_closing():
+                raise ConnectionResetError("The client has disconnected")
+            await asyncio.sleep(1)
 
     async def _start_tls(self) -> None:
         """Replace the streams; bytes that arrived in plain text stay in the old reader.
@@ -3145,7 +3160,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def _interrupt(number: int, frame: object) -> NoReturn:
     """Signal handler until the server listens: leave the with statements."""
-    signal.signal(number, signal.SIG_IGN)
+    _on_signals(signal.SIG_IGN)
     raise KeyboardInterrupt(128 + number)
 
 
@@ -3157,9 +3172,20 @@ def _run(args: argparse.Namespace) -> int:
         if args.command and args.directory is None and args.handler is None:
             import tempfile
 
-            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
+            directory = tempfile.mkdtemp(prefix="dsmtpd-")
+            stack.callback(_remove_directory, directory)
             args.config = replace(args.config, directory=directory)
         return asyncio.run(_Program(args, stack).run())
+
+
+def _remove_directory(path: str) -> None:
+    """Remove a directory in which threads may still create files, unless it is not there."""
+    import shutil
+
+    with contextlib.suppress(OSError):
+        os.rename(path, f"{path}-removed")  # the threads no longer find it
+        path = f"{path}-removed"
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _continue_in_child_process() -> None:
@@ -3175,6 +3201,7 @@ def _continue_in_child_process() -> None:
     while True:
         pid, status = os.wait()
         if pid == child:
+            _on_signals(signal.SIG_IGN)
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)
 
@@ -3203,11 +3230,14 @@ class _WarningLimit(logging.Filter):
 
 
 class _LogFormatter(logging.Formatter):
-    """Escapes control characters, such as those in the traceback of a handler."""
+    """Escapes control characters, and indents the lines of a traceback.
+
+    The traceback of a handler may have text from a message.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of the record."""
-        return "\n".join(map(escape_unprintable, super().format(record).split("\n")))
+        return "\n  ".join(map(escape_unprintable, super().format(record).split("\n")))
 
 
 def _configure_logging(args: argparse.Namespace) -> None:
@@ -3260,6 +3290,8 @@ def _open_stdout() -> TextIO | None:
         descriptor = os.dup(sys.stdout.fileno())
     except (AttributeError, OSError):  # closed, or replaced by an object without a descriptor
         return sys.stdout
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what a handler prints stays in order
     return open(descriptor, "w", encoding=sys.stdout.encoding, errors="backslashreplace")
 
 
@@ -3273,6 +3305,8 @@ class _Output:
         self._queue: queue.SimpleQueue[tuple[Callable[[], str], int, asyncio.Future[None]] | None]
         self._queue = queue.SimpleQueue()
         self._waiting = 0  # octets that are not written yet
+        self._is_writing = False
+        self._progress = 0  # grows whenever the thread begins or continues to write
         self._is_read = True  # False after OUTPUT_TIMEOUT, until something is written
         self._closed = self._loop.create_future()
         # A daemon does not keep the program from ending.
@@ -3296,33 +3330,52 @@ class _Output:
         """Do the same as put(), and wait until it is written, unless nobody reads the file."""
         written = self.put(get_text, size)
         if self._is_read:
-            await asyncio.wait([written], timeout=OUTPUT_TIMEOUT)
-            self._is_read = written.done()
+            self._is_read = await self._wait(written)
 
     async def close(self) -> None:
         """Close the file when all is written. What nobody reads is lost."""
         self._queue.put(None)
-        while not self._closed.done():
-            waiting = self._waiting
-            await asyncio.wait([self._closed], timeout=OUTPUT_TIMEOUT)
-            if not self._closed.done() and self._waiting == waiting:
-                log.error("Nobody reads %s: the rest of the output is lost", self._name)
-                return
+        if not await self._wait(self._closed):
+            log.error("Nobody reads %s: the rest of the output is lost", self._name)
+
+    async def _wait(self, future: asyncio.Future[None]) -> bool:
+        """Wait until a future is done; return False if nobody reads the file."""
+        while not future.done():
+            progress = self._progress
+            await asyncio.wait([future], timeout=OUTPUT_TIMEOUT)
+            if self._is_writing and self._progress == progress:
+                return future.done()
+        return True
 
     def _run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is closed
-            for get_text, size, written in iter(self._queue.get, None):
-                self._write_text(get_text)
-                self._loop.call_soon_threadsafe(self._on_written, size, written)
+            while self._write_next():
+                pass
             self._close_file()
             self._loop.call_soon_threadsafe(self._closed.set_result, None)
+
+    def _write_next(self) -> bool:
+        """Write the next text of the queue; return False at its end."""
+        item = self._queue.get()
+        if item is None:
+            return False
+        get_text, size, written = item
+        self._write_text(get_text)
+        self._loop.call_soon_threadsafe(self._on_written, size, written)
+        return True
 
     def _write_text(self, get_text: Callable[[], str]) -> None:
         if self._file is None:
             return
         try:
-            self._file.write(get_text())
-            self._file.flush()
+            text = get_text()
+            self._is_writing = True
+            self._progress += 1
+            for start in range(0, len(text), OUTPUT_SIZE):
+                self._file.write(text[start : start + OUTPUT_SIZE])
+                self._file.flush()
+                self._progress += 1
+            self._is_writing = False
         except OSError as error:
             log.warning("Cannot write to %s: %s", self._name, error)
             self._close_file()
@@ -3380,7 +3433,8 @@ class _Command:
             await asyncio.wait([ended], timeout=KILL_TIMEOUT)
             if ended.done():
                 break
-        return await ended or -signal.SIGTERM  # a server ends with status 0 at SIGTERM
+        status = await ended
+        return -signal.SIGTERM if status == 0 else status  # servers end with status 0
 
     def send_signal(self, name: str) -> None:
         """Send a signal to all processes of the command; before it starts, once it has."""
@@ -3472,11 +3526,8 @@ class _Program:
         except (OSError, RuntimeError, ValueError, mailbox.Error) as error:
             await server.close()
             _exit_with_error(2, f"Cannot start: {error}")
-        if server.cafile is not None:
-            import shutil
-
-            folder = os.path.dirname(server.cafile)
-            self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+        if server.cafile is not None:  # the server does not remove it at the second signal
+            self._cleanup.callback(_remove_directory, os.path.dirname(server.cafile))
         return server
 
     def _start_output(self, path: str) -> _Output:
@@ -3520,7 +3571,8 @@ class _Program:
             self._stop.set()
         if self._output is not None:
             get_text = partial(_message_event if self._args.json else _as_text, envelope)
-            await self._output.write(get_text, len(envelope.content))
+            size = len(envelope.content) + sum(len(rcpt_to) + 500 for rcpt_to in envelope.rcpt_tos)
+            await self._output.write(get_text, size + 1000)
 
     def _on_refusal(self, refusal: Refusal) -> None:
         self._refused += 1
@@ -3541,6 +3593,16 @@ class _Program:
             self._output.put(lambda: text, len(text))
 
     def _set_signal_handlers(self) -> None:
+        if os.name == "posix":
+            # A signal just before the event loop waits would be handled at its next event.
+            reader, writer = socket.socketpair()
+            self._cleanup.callback(reader.close)
+            self._cleanup.callback(writer.close)
+            self._cleanup.callback(signal.set_wakeup_fd, -1)
+            reader.setblocking(False)
+            writer.setblocking(False)
+            self._loop.add_reader(reader, reader.recv, 4096)
+            signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         _on_signals(self._on_signal)
         if hasattr(signal, "SIGTSTP") and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
             signal.signal(signal.SIGTSTP, self._on_suspend)
@@ -3633,7 +3695,7 @@ def _load_handler(name: str) -> Handler:
     return handler
 
 
-def _on_signals(handler: Callable[[int, object], object]) -> None:
+def _on_signals(handler: Callable[[int, object], object] | signal.Handlers) -> None:
     """Call handler(number, frame) at Ctrl-C, SIGTERM, SIGHUP and SIGQUIT."""
     for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGQUIT"):
         number = signal.Signals.__members__.get(name)

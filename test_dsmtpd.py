@@ -2060,12 +2060,16 @@ def test_leftovers_in_tmp(
     monkeypatch.chdir(tmp_path)
     store = dsmtpd.MaildirStore(tmp_path)
     old, recent = tmp_path / "tmp" / "old", tmp_path / "tmp" / "recent"
-    for file, hours in ((old, 37), (recent, 35)):
-        file.touch()
+    folder = tmp_path / "tmp" / "folder"
+    folder.mkdir()
+    for file, hours in ((old, 37), (recent, 35), (folder, 37)):
+        if file != folder:
+            file.touch()
         os.utime(file, (time.time() - hours * 3600,) * 2)
     store = dsmtpd.MaildirStore(None if is_default else tmp_path)
     assert store.path == tmp_path
-    assert set((tmp_path / "tmp").iterdir()) == ({old, recent} if is_default else {recent})
+    kept = {old, recent, folder} if is_default else {recent, folder}
+    assert set((tmp_path / "tmp").iterdir()) == kept
 
 
 # --- Server -------------------------------------------------------------------------------
@@ -2223,10 +2227,11 @@ def test_log_of_control_characters(tmp_path: Path) -> None:
         with process(*options, cwd=tmp_path, last_line="Handing the") as server:
             with smtplib.SMTP("127.0.0.1", server.port) as client:
                 with pytest.raises(smtplib.SMTPDataError):
-                    client.sendmail("a@b", ["c@d"], "\x1b[31m red \x9b\u202e".encode())
+                    client.sendmail("a@b", ["c@d"], "\x1b[31m red \x9b\u202e\nforged".encode())
             _, text = server.stop()
         assert all(line.isprintable() for line in text.splitlines())
         assert "\\x1b[31m red" in text
+        assert "\nforged" not in text
 
 
 def test_handler_that_cancels_its_task() -> None:
@@ -2823,12 +2828,27 @@ def test_client_disconnects_during_a_delay(monkeypatch: pytest.MonkeyPatch) -> N
         async with Server(port=0, handler=print, fail=["NOOP * delay 60"]) as server:
             peer = await Peer.connect(server)
             await peer.reply()
-            peer.writer.write(b"NOOP\r\nHELP\r\n")
+            peer.writer.write(b"NOOP\r\n")
             await peer.close()
             await server.wait_for_clients(20)
             other = await Peer.connect(server)
             assert (await other.reply()).startswith("220 ")
             await other.close()
+
+    run(scenario)
+
+
+def test_client_that_closes_its_side_before_a_delay() -> None:
+    """It gets the replies to all commands that it has sent."""
+
+    async def scenario() -> None:
+        async with Server(port=0, handler=print, fail=["NOOP * delay 0.1"]) as server:
+            peer = await Peer.connect(server)
+            peer.writer.write(b"NOOP\r\nHELP\r\nQUIT\r\n")
+            peer.writer.write_eof()
+            replies = [await peer.reply() for _ in range(4)]
+            assert [reply[:3] for reply in replies] == ["220", "250", "214", "221"]
+            await peer.close()
 
     run(scenario)
 
@@ -4754,6 +4774,25 @@ def test_too_much_output(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
     run(scenario)
     assert file.getvalue() == "first True last"
     assert "Nobody reads the file: an event is lost" in caplog.text
+
+
+def test_text_that_takes_long_to_make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The program does not end before it is written."""
+    monkeypatch.setattr(dsmtpd, "OUTPUT_TIMEOUT", 0.01)
+    release = threading.Event()
+
+    async def scenario() -> None:
+        path = str(tmp_path / "output")
+        output = dsmtpd._Output(dsmtpd._open_output(path, "{"), path)
+        output.put(lambda: f"{release.wait(20)}", 1)
+        closing = asyncio.create_task(output.close())
+        await asyncio.wait([closing], timeout=0.1)
+        assert not closing.done()
+        release.set()
+        await closing
+
+    run(scenario)
+    assert (tmp_path / "output").read_text() == "True"
 
 
 def test_print_of_long_and_binary_content() -> None:
