@@ -1915,7 +1915,7 @@ def test_trace_header_contains_every_address(rcpt_tos: list[str]) -> None:
     assert decoded == ", ".join(rcpt_tos)
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(50))
 def test_trace_header_with_runs_of_spaces(seed: int) -> None:
     """No line consists of spaces: some readers would end the header section there."""
     generator = random.Random(seed)
@@ -4433,7 +4433,7 @@ def test_signals_with_command(
 
 
 @POSIX
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("has_command", [True, False])
 def test_signal_before_it_listens(
     name: str,
