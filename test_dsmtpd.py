@@ -4433,6 +4433,25 @@ def test_signals_with_command(
 
 
 @POSIX
+def test_temporary_maildir_is_removed_while_messages_are_stored(tmp_path: Path) -> None:
+    store = dsmtpd.MaildirStore(tmp_path / "mail")
+    message = envelope()
+
+    def store_messages() -> None:
+        with contextlib.suppress(SMTPError):
+            for _ in range(10_000):
+                store.store(message)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for _ in range(4):
+            threads.submit(store_messages)
+        while store.count() < 20:
+            pass
+        dsmtpd._remove_directory(str(tmp_path / "mail"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@POSIX
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("has_command", [True, False])
 def test_signal_before_it_listens(
