@@ -9,7 +9,7 @@ mail/new/.
 
 It implements RFC 5321 (SMTP), RFC 1870 (SIZE), RFC 6152 (8BITMIME), RFC 6531 (SMTPUTF8),
 RFC 2920 (PIPELINING), RFC 2034 and RFC 3463 (ENHANCEDSTATUSCODES), RFC 3461 (DSN),
-RFC 3030 (CHUNKING, BINARYMIME), RFC 3207 (STARTTLS), RFC 4954 and RFC 4616 (AUTH PLAIN).
+RFC 3030 (CHUNKING, BINARYMIME), RFC 3207 (STARTTLS), RFC 4954 (AUTH: PLAIN, LOGIN, XOAUTH2).
 Where these leave a choice, it does what Postfix does.
 """
 
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import TypedDict, Unpack  # never imported at run time
 
-# Python 3.7 stops at the next line with a syntax error that shows it and its comment.
+# Python 3.7 cannot parse the next line. Its SyntaxError shows that line, with the comment.
 if (python := sys.version_info) < (3, 10):  # dsmtpd requires Python 3.10 or newer
     sys.exit("dsmtpd requires Python 3.10 or newer, not {}.{}".format(*python))
 
@@ -102,7 +102,7 @@ MAX_LOGGED_WARNINGS = 100
 MAX_CONNECTIONS = 1000
 
 # Octets of content that all sessions may hold in memory together, or twice the maximum size of
-# a message if that is larger.
+# a message if that is larger. If messages have no maximum size, neither has this.
 MAX_CONTENT_IN_MEMORY = 256 * 1024 * 1024
 
 # Octets of the content in which the Subject field is searched.
@@ -216,7 +216,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_types()
-        object.__setattr__(self, "fail", tuple(self.fail))  # hashable
+        object.__setattr__(self, "fail", tuple(self.fail))  # a Config is hashable
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "without", tuple(word.upper() for word in self.without))
         if not self.interface.strip():
@@ -341,7 +341,7 @@ class Reply:
         status = f"{self.status} " if self.status else ""
         text = re.sub("[^ -~\n]", "?", self.text)  # RFC 5321 section 4.2
         lines = [f"{self.code}-{status}{line}\r\n" for line in text.split("\n")]
-        lines[-1] = lines[-1].replace("-", " ", 1)
+        lines[-1] = lines[-1].replace("-", " ", 1)  # after the code
         return "".join(lines).encode("ascii")
 
     def __str__(self) -> str:
@@ -759,7 +759,7 @@ def _unescape(text: str) -> str:
 def parse_html(document: str) -> tuple[str, list[str]]:
     """Return the text of an HTML document, and the URLs in it.
 
-    The URL of a link follows its text in angle brackets.
+    After the text of a link, its URL is added in angle brackets, unless the text ends with it.
     """
     text: list[str] = []
     urls: list[str] = []
@@ -895,7 +895,7 @@ def _lint_fields(header: bytes) -> list[str]:
     """Return the warnings about the names of the header fields."""
     names = _FIELD_NAME.findall(header.lower())
     distinct = set(names)
-    warnings = [warning(name) for field, name in _REQUIRED_FIELDS.items() if field not in distinct]
+    warnings = [warning(name) for key, name in _REQUIRED_FIELDS.items() if key not in distinct]
     if len(names) > len(distinct):
         warnings += [
             warning("duplicate-field", name)
@@ -1003,7 +1003,7 @@ def parse_rule(text: str) -> Rule:
     verb = match_next(_VERB_PATTERN, f"one of {' '.join(RULE_VERBS)}")[1].upper()
     argument = match_next(_GLOB_PATTERN, "a pattern such as * or *@example.com")
     pattern = argument[1].lower()
-    if reason := _never_matches(verb, pattern):
+    if reason := _why_it_never_matches(verb, pattern):
         position = argument.start()
         raise error(f"a pattern that can match: {reason}")
     count = match_next(_COUNT_PATTERN, "a count such as x1")[1]
@@ -1015,8 +1015,8 @@ def parse_rule(text: str) -> Rule:
     return Rule(text, verb, pattern, remaining, _rule_actions(action))
 
 
-def _never_matches(verb: str, pattern: str) -> str:
-    """Return why no command can match the pattern, or ""."""
+def _why_it_never_matches(verb: str, pattern: str) -> str:
+    """Return why the pattern cannot match any command, or "" if it can."""
     if verb in _NO_ARGUMENT and not fnmatchcase("", pattern):
         return f"{verb} has no argument (use *); for the subject of a message, use ."
     if verb == "CONNECT" and re.search("[g-z@]", pattern):
@@ -1057,7 +1057,8 @@ class Rules:
     ) -> list[RuleAction]:
         """Return the actions of the rules that match: delays, then a Reply, Close, or both.
 
-        get_text() returns the text to match with the patterns. peer is for the log.
+        get_text() returns the text to match with the patterns; it is called only if there is a
+        rule for the verb, because decoding a subject is slow. peer is for the log.
         """
         actions: list[RuleAction] = []
         for rule in self._rules:
@@ -1123,9 +1124,9 @@ class SharedState:
                 raise ValueError(f"ignore: unknown name {name}; one of {', '.join(WARNINGS)}")
         self.rules = Rules(config.fail)
         self.on_refusal = on_refusal
-        self.content_limit = float(max(MAX_CONTENT_IN_MEMORY, 2 * config.max_size))
-        if config.max_size == 0:
-            self.content_limit = float("inf")
+        self.content_limit = float("inf")
+        if config.max_size > 0:
+            self.content_limit = max(MAX_CONTENT_IN_MEMORY, 2 * config.max_size)
         self.reserved = 0
         """Octets of content that all sessions hold."""
         self.rejected_messages = 0
@@ -1209,8 +1210,8 @@ class Session:
         self.transaction: Transaction | None = None
         self._shared = SharedState(config) if shared is None else shared
         self._reserved = 0  # the part of shared.reserved that belongs to this session
-        self.closed = False
-        """Whether the session has ended, so that the connection is to be closed."""
+        self.ended = False
+        """Whether the dialogue is over, so that the connection is to be closed."""
         self._buffer = bytearray()
         self._searched = 0  # octets at the start of the buffer without a line end
         self._line_end = b"\r\n"  # the line end of the last command
@@ -1234,7 +1235,7 @@ class Session:
         """
         self.feed(data)
         self._now = now
-        while not self.closed and (action := self._next_action()) is not None:
+        while not self.ended and (action := self._next_action()) is not None:
             yield action
 
     def feed(self, data: bytes) -> None:
@@ -1247,10 +1248,13 @@ class Session:
         return len(self._buffer) > 0
 
     def close(self, reply: Reply | None = None) -> None:
-        """Discard the transaction. reply is the last one of the connection, for the log."""
+        """Log how the connection ends, and discard the transaction.
+
+        reply is the last reply if the connection sends it itself.
+        """
         if reply is not None:
             self._log_reply(reply)
-        elif self._envelope is not None and not self.closed:
+        elif self._envelope is not None and not self.ended:
             summary = self._envelope.summary()
             log.warning("%s: Disconnected before the reply to %s", self.peer, summary)
         if not self._has_accepted_message:
@@ -1272,11 +1276,11 @@ class Session:
                 action = TOO_MANY_ERRORS
         if isinstance(action, Reply):
             return self._finish_reply(action)
-        self.closed = isinstance(action, Close)
+        self.ended = isinstance(action, Close)
         return action
 
     def _finish_reply(self, reply: Reply) -> Reply:
-        """Log a reply, and return it as it is sent."""
+        """Update the state for a reply, log it, and return it as it is sent."""
         if "ENHANCEDSTATUSCODES" not in self.config.extensions:
             reply = Reply(reply.code, "", reply.text)
         self._log_reply(reply)
@@ -1287,7 +1291,7 @@ class Session:
         if self._envelope is not None:  # the reply to a message: nothing needs its content now
             self._envelope = None
             self._reserve(0)
-        self.closed = reply.closes_connection
+        self.ended = reply.closes_connection
         return reply
 
     def _drop_transaction(self) -> None:
@@ -1376,7 +1380,7 @@ class Session:
         return GREETING
 
     def _reject_command(self) -> Reply | None:
-        """State: RFC 5321 section 3.1 allows only QUIT after a greeting that refuses."""
+        """State: allow only QUIT, because the greeting was a refusal (RFC 5321 section 3.1)."""
         line = self._read_line()
         if line is None:
             return None
@@ -1400,6 +1404,7 @@ class Session:
         return self._read_command()
 
     def _read_command(self) -> Action | None:
+        """State: read a command line, and execute the command."""
         line = self._read_line()
         if line is None:
             return None
@@ -1542,7 +1547,7 @@ class Session:
 
     def _skip_chunk(self) -> Action | None:
         """State: discard the octets of a refused chunk; they are not commands."""
-        # The message lacks this chunk. Before RCPT, BDAT is an error that changes nothing.
+        # Without this chunk, the message is incomplete. Before RCPT there is no message.
         if self.transaction is not None and self.transaction.rcpt_tos:
             self._drop_transaction()
         skipped = min(self._chunk_remaining, len(self._buffer))
@@ -1619,8 +1624,8 @@ class Session:
             self._has_accepted_message = True
         return delivery.reply
 
-    # Commands: one method for each verb. Each returns its reply or raises SMTPError; BDAT may also
-    # return None, if its octets have not arrived.
+    # Commands: one method for each verb. Each returns its reply or raises SMTPError, except that
+    # _bdat() returns the first action of its chunk, or None if the octets have not arrived.
 
     def _ehlo(self, argument: str) -> Reply:
         self._set_helo("EHLO", argument)
@@ -1838,8 +1843,9 @@ class Session:
         raise SMTPError(535, "5.7.8", "Authentication failed")
 
 
-# A new command also belongs in RULE_VERBS; in _NO_ARGUMENT if it has no argument; and in EXTENSIONS
-# and _COMMAND_EXTENSIONS if it is part of an extension.
+# A new command also belongs in RULE_VERBS; in _NO_ARGUMENT if it has no argument; in EXTENSIONS
+# and _COMMAND_EXTENSIONS if it is part of an extension; and it may belong in _ALLOWED_BEFORE_TLS
+# and _REQUIRE_AUTH.
 _COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
     "EHLO": Session._ehlo,
     "HELO": Session._helo,
@@ -1906,7 +1912,7 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
 
 
 def _fold(line: str) -> str:
-    """Fold a header line at single spaces (RFC 5322 section 2.2.3), or inside a long word."""
+    """Fold a header line at spaces (RFC 5322 section 2.2.3), or inside a long word."""
     if len(line) <= _FOLD_WIDTH:
         return line
     pattern = rf".{{1,{_FOLD_WIDTH}}}(?= |$)|.{{{_FOLD_WIDTH}}}"
@@ -1915,7 +1921,11 @@ def _fold(line: str) -> str:
 
 
 def _can_be_folded(text: str) -> bool:
-    """Return whether folding makes no line of spaces only, at which some readers stop."""
+    """Return whether no folded line can consist of spaces.
+
+    Some readers take such a line for the end of the header.
+    """
+    # With 200 characters and the name of the field, a line is not folded.
     return len(text) < 200 or "  " not in text
 
 
@@ -1932,10 +1942,10 @@ def _encode_words(text: str) -> str:
 class MaildirStore:
     """Stores messages in a Maildir. Several threads and processes may use the same one.
 
-    directory is created if it is missing, and completed if it is empty or has one of the
-    folders of a Maildir; files in its tmp that are 36 hours old are removed. None means the
-    current directory, which is always completed. Raises mailbox.Error for another directory,
-    which is left unchanged, and for one that cannot be written to; OSError if it cannot be read.
+    directory is created if it is missing. If it is empty or contains cur or new, its missing
+    folders are created, and files in its tmp that are older than 36 hours are removed. None means
+    the current directory, where missing folders are always created. Raises mailbox.Error for any
+    other directory, which is left unchanged, and for one that cannot be read or written to.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
@@ -2030,7 +2040,7 @@ def _file_parts(envelope: Envelope, key: str) -> list[bytes]:
     elif _BARE_CR.search(content):
         content = content.replace(b"\r\n", b"\n")
     else:
-        content = content.translate(None, b"\r")  # faster than replace()
+        content = content.translate(None, b"\r")  # each CR belongs to a CRLF
     if content.startswith(line_end):
         return [header, content]
     if not _FIELD_NAME.match(content):  # a body without header fields
@@ -2089,7 +2099,7 @@ class Connection:
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
         self.last_activity = self._loop.time()
-        """When the client last sent something, in the time of the event loop."""
+        """When the client last sent something or an action ended, in the time of the event loop."""
         self._idle_timer = self._loop.call_later(IDLE_TIMEOUT, self._check_idle)
         # asyncio allocates max_size bytes for each read, by default 256 KiB. Other event loops
         # do not have this attribute.
@@ -2102,7 +2112,7 @@ class Connection:
         try:
             await self._run_session()
         except asyncio.CancelledError:
-            # The task ends here in any case.
+            # It is not raised again: the task ends here in any case.
             if self._final_reply is None:  # not by interrupt(): the event loop ends
                 self._writer.transport.abort()
         except OSError as error:
@@ -2133,7 +2143,7 @@ class Connection:
         data = b""  # the first call of receive() yields the greeting
         while True:
             await self._process(data)
-            if self._session.closed or self._final_reply is not None:
+            if self._session.ended or self._final_reply is not None:
                 return
             data = await self._reader.read(READ_SIZE)
             if not data:
@@ -2382,7 +2392,7 @@ def make_tls_context(
     """
     import ssl
 
-    def password() -> str:
+    def refuse_passphrase() -> str:  # without it, OpenSSL asks for one on the terminal
         raise ValueError("the key is encrypted; use a key without a passphrase")
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -2396,7 +2406,7 @@ def make_tls_context(
             # The errors of load_cert_chain() do not name the file.
             with open(path, "rb"):
                 pass
-        context.load_cert_chain(cert, key, password)
+        context.load_cert_chain(cert, key, refuse_passphrase)
     except ssl.SSLError as error:
         reason = (error.reason or "PEM").replace("_", " ").lower()
         if "pem" in reason:
@@ -2448,12 +2458,13 @@ class StoragePool:
     thread of its own, as far as the system has threads. Invariant: while messages wait, the timer
     runs. Results are set together, so that the event loop wakes up once.
 
-    threads has at least one thread.
+    executor has started one thread already, so that messages are stored even if the system
+    allows no more.
     """
 
-    def __init__(self, maildir: MaildirStore, threads: concurrent.futures.Executor) -> None:
+    def __init__(self, maildir: MaildirStore, executor: concurrent.futures.Executor) -> None:
         self._maildir = maildir
-        self._threads = threads
+        self._executor = executor
         self._lacks_threads = False
         self._waiting: deque[tuple[Envelope, asyncio.Future[Path | Exception]]] = deque()
         self._results: deque[tuple[asyncio.Future[Path | Exception], Path | Exception]] = deque()
@@ -2475,8 +2486,8 @@ class StoragePool:
         self._timer = loop.call_later(SLOW_DELIVERY, self._on_timer)
         try:
             for _ in range(count):
-                self._threads.submit(self._store_waiting, loop)
-        except RuntimeError as error:  # the threads that run will do it
+                self._executor.submit(self._store_waiting, loop)
+        except RuntimeError as error:  # the existing threads store the messages
             if not self._lacks_threads:
                 log.warning("Storing messages with fewer threads: %s", error)
             self._lacks_threads = True
@@ -2557,7 +2568,7 @@ class Server:
         self._shared = SharedState(self.config, on_refusal)
         self._pool: StoragePool | None = None
         self._tls_context: ssl.SSLContext | None = None
-        self._cleanup = contextlib.ExitStack()  # closes the sockets
+        self._cleanup = contextlib.ExitStack()  # closes the sockets, removes the certificate
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._closed = asyncio.Event()
 
@@ -2568,11 +2579,11 @@ class Server:
         cannot be used, RuntimeError if no thread can be started, and what MaildirStore raises.
         """
         with contextlib.ExitStack() as cleanup:
-            are_ours = not sockets
+            opened_here = not sockets
             sockets = sockets or listen(self.config)
             for sock in sockets:
                 cleanup.callback(sock.close)
-                # Accepted sockets inherit it. asyncio sets it only for sockets of another kind.
+                # Accepted sockets inherit it. asyncio sets it only where sock.proto is IPPROTO_TCP.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.config.tls is not None:
                 self._tls_context = self._make_tls_context(cleanup)
@@ -2587,7 +2598,7 @@ class Server:
                     self._serve_client, sock=sock, backlog=MAX_CONNECTIONS
                 )
                 cleanup.callback(listener.close)
-                if are_ours:  # systemd listens on its own until it starts the next process
+                if opened_here:  # others, such as systemd, may go on listening on their sockets
                     cleanup.callback(_stop_listening, sock)
             self._cleanup = cleanup.pop_all()
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
@@ -2683,8 +2694,8 @@ class Server:
             if self.handler is not None:
                 await self._call_handler(self.handler, envelope)
         except SMTPError as error:
-            if error.reply is DELIVERY_FAILED:
-                log.exception("%s: The error of the handler has no reply", envelope.peer)
+            if error.reply is DELIVERY_FAILED:  # of the class: __init__() was not called
+                log.exception("%s: The SMTPError of the handler has no reply", envelope.peer)
             return error.reply
         except asyncio.CancelledError:  # the event loop ends
             log.warning("%s: The delivery was cancelled", envelope.peer)
@@ -2743,8 +2754,9 @@ async def _call_in_thread(handler: Handler, envelope: Envelope) -> object:
 
 
 async def _run_in_task(awaitable: Awaitable[object]) -> None:
-    """Wait for what an async handler returns, in a task that it may cancel.
+    """Wait for what an async handler returns, in a task of its own.
 
+    If the handler cancels that task, the connection continues.
     Raises what _handler_result() raises.
     """
     task = asyncio.ensure_future(awaitable)
@@ -2765,7 +2777,7 @@ def _handler_result(outcome: concurrent.futures.Future[object] | asyncio.Future[
         return outcome.result()
     except SMTPError:
         raise
-    except BaseException as error:  # such as a failure of pytest
+    except BaseException as error:  # such as that of pytest.fail()
         raise RuntimeError("The handler failed") from error
 
 
@@ -2906,7 +2918,7 @@ def _run_in_thread(server: Server) -> Iterator[None]:
         async with server:
             started.set_result(None)
             await asyncio.wrap_future(stopped)
-            # The test gets a message before the client gets its reply.
+            # The block may end before the client has got its reply: the inbox is filled first.
             await server.wait_for_quit(QUIT_GRACE)
 
     def run() -> None:
@@ -2925,8 +2937,7 @@ def _run_in_thread(server: Server) -> Iterator[None]:
     finally:
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             stopped.set_result(None)  # unless a handler has ended the event loop
-        # If the block was left open until the interpreter ends, the thread is alive, but it no
-        # longer runs.
+        # While the interpreter ends, a daemon thread is alive but does not run.
         if thread.is_alive() and not sys.is_finalizing():
             thread.join(HANDLER_TIMEOUT)
     if thread.is_alive() and not sys.is_finalizing():
@@ -3025,8 +3036,9 @@ Examples:
   dsmtpd --fail 'RCPT full@* 452 4.2.2 Mailbox full'
 
 Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage, or a
-directory, file, certificate or handler that cannot be used, 3 cannot listen;
-with a COMMAND that ran and met the expectation, the exit status of the command
+directory, file, certificate or handler that cannot be used, 3 cannot listen.
+With a COMMAND that ran, it is that of the command, unless the command succeeded
+and an expectation was not met.
 """
 
 
@@ -3144,9 +3156,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.modules.setdefault("dsmtpd", sys.modules[__name__])
     args = argparse.Namespace(command=[])
     try:
-        _on_signals(_interrupt)
+        _set_signal_handler(_interrupt)
         if hasattr(signal, "SIGCHLD"):
-            # A process that ignores it, such as the child of one that does, gets no exit status.
+            # If the parent process ignores it, so does this one, and gets no exit status.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         args = parse_args(argv)
         if args.command and os.getpid() == 1:
@@ -3159,15 +3171,15 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
-    """Signal handler until the server listens: leave the with statements."""
-    _on_signals(signal.SIG_IGN)
+    """Signal handler until the server listens: let the with statements clean up."""
+    _set_signal_handler(signal.SIG_IGN)
     raise KeyboardInterrupt(128 + number)
 
 
 def _run(args: argparse.Namespace) -> int:
     """Run the program until it is stopped; return the exit status."""
     _configure_logging(args)
-    _raise_file_limit(3 * MAX_CONNECTIONS)
+    _raise_file_limit(3 * MAX_CONNECTIONS)  # a socket and the file of a message, with a reserve
     with contextlib.ExitStack() as stack:
         if args.command and args.directory is None and args.handler is None:
             import tempfile
@@ -3189,19 +3201,19 @@ def _remove_directory(path: str) -> None:
 
 
 def _continue_in_child_process() -> None:
-    """Return in a child process; this one waits for it and for orphans of the command.
+    """Fork, and return in the child process; the parent process waits for it and for orphans.
 
-    The system gives orphans to process 1 of a container.
+    The system gives the orphans of the command to process 1 of a container.
     """
     child = os.fork()
     if child == 0:
         os.setsid()  # Ctrl-C in a terminal reaches only process 1, which passes it on
         return
-    _on_signals(lambda number, frame: os.kill(child, number))
+    _set_signal_handler(lambda number, frame: os.kill(child, number))
     while True:
         pid, status = os.wait()
         if pid == child:
-            _on_signals(signal.SIG_IGN)
+            _set_signal_handler(signal.SIG_IGN)
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)
 
@@ -3270,7 +3282,11 @@ _MESSAGE_START = "---------- MESSAGE FOLLOWS ----------"
 
 
 def _open_output(path: str, start: str) -> TextIO | None:
-    """Open a file for output that begins with start. Raises OSError also for other content."""
+    """Open a file for output, and truncate it.
+
+    Raises OSError also if it has content that does not begin with start: the path may be an
+    argument that belongs after "--".
+    """
     if path == "-":
         return _open_stdout()
     if os.path.isfile(path):
@@ -3375,12 +3391,13 @@ class _Output:
                 self._file.write(text[start : start + OUTPUT_SIZE])
                 self._file.flush()
                 self._progress += 1
-            self._is_writing = False
         except OSError as error:
             log.warning("Cannot write to %s: %s", self._name, error)
             self._close_file()
         except Exception:
             log.exception("Cannot write to %s", self._name)
+        finally:
+            self._is_writing = False
 
     def _close_file(self) -> None:
         if self._file is not None and self._file is not sys.stdout:
@@ -3437,7 +3454,10 @@ class _Command:
         return -signal.SIGTERM if status == 0 else status  # servers end with status 0
 
     def send_signal(self, name: str) -> None:
-        """Send a signal to all processes of the command; before it starts, once it has."""
+        """Send a signal to all processes of the command.
+
+        A signal that arrives before the command starts is sent as soon as it has started.
+        """
         if self._process is None:
             self._early_signals.append(name)
             return
@@ -3454,7 +3474,7 @@ class _Command:
             return
         with contextlib.suppress(PermissionError):
             try:
-                os.getsid(pid)  # succeeds if another process has got its number
+                os.getsid(pid)  # if its number is another process now, that is not killed
             except ProcessLookupError:
                 self.send_signal("SIGKILL")
 
@@ -3571,6 +3591,7 @@ class _Program:
             self._stop.set()
         if self._output is not None:
             get_text = partial(_message_event if self._args.json else _as_text, envelope)
+            # An estimate: the parameters of recipients and the other fields need memory as well.
             size = len(envelope.content) + sum(len(rcpt_to) + 500 for rcpt_to in envelope.rcpt_tos)
             await self._output.write(get_text, size + 1000)
 
@@ -3594,7 +3615,7 @@ class _Program:
 
     def _set_signal_handlers(self) -> None:
         if os.name == "posix":
-            # A signal just before the event loop waits would be handled at its next event.
+            # Otherwise, a signal just before the event loop waits is handled at its next event.
             reader, writer = socket.socketpair()
             self._cleanup.callback(reader.close)
             self._cleanup.callback(writer.close)
@@ -3603,13 +3624,13 @@ class _Program:
             writer.setblocking(False)
             self._loop.add_reader(reader, reader.recv, 4096)
             signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        _on_signals(self._on_signal)
+        _set_signal_handler(self._on_signal)
         if hasattr(signal, "SIGTSTP") and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
             signal.signal(signal.SIGTSTP, self._on_suspend)
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Handle the first signal: pass it to the command, and stop."""
-        _on_signals(self._on_second_signal)
+        _set_signal_handler(self._on_second_signal)
         self._command.send_signal(signal.Signals(number).name)
         with contextlib.suppress(RuntimeError):  # the event loop is closed: the program ends
             self._loop.call_soon_threadsafe(self._stop.set)
@@ -3695,13 +3716,13 @@ def _load_handler(name: str) -> Handler:
     return handler
 
 
-def _on_signals(handler: Callable[[int, object], object] | signal.Handlers) -> None:
-    """Call handler(number, frame) at Ctrl-C, SIGTERM, SIGHUP and SIGQUIT."""
+def _set_signal_handler(handler: Callable[[int, object], object] | signal.Handlers) -> None:
+    """Call handler(number, frame) at Ctrl-C, Ctrl-Break, SIGTERM, SIGHUP and SIGQUIT."""
     for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGQUIT"):
         number = signal.Signals.__members__.get(name)
         if number is None:
             continue
-        # nohup makes the program ignore SIGHUP, and a script with "&" SIGQUIT.
+        # Keep what the parent ignores: nohup does it for SIGHUP, and "&" in a script for SIGQUIT.
         if name in ("SIGHUP", "SIGQUIT") and signal.getsignal(number) is signal.SIG_IGN:
             continue
         signal.signal(number, handler)
@@ -3753,7 +3774,7 @@ def _as_text(envelope: Envelope) -> str:
     header.append(f"Envelope: {envelope.mail_from} -> {', '.join(envelope.rcpt_tos)}")
     text = envelope.text or parse_html(envelope.html)[0]
     if "\0" in text:
-        text = f"({len(text)} bytes of binary content)"
+        text = f"({len(text.encode('utf-8', 'replace'))} bytes of binary content)"
     text = _shorten(text.strip("\n").rstrip())
     text = text.replace("\xa0", " ").translate(_LAYOUT_CHARACTERS)
     links = ["Links:", *(f"  {url}" for url in envelope.links)]
