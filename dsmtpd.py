@@ -1313,7 +1313,7 @@ class Session:
     def _begin_command(self, line: str, verb: str = "") -> None:
         self._command = line
         self._refusal_detail = ""
-        if verb != "QUIT":
+        if verb and verb != "QUIT":
             self._last_verb = verb
         if "AUTH" in verb:  # "AUTHPLAIN" is a typing error that may have a secret as its argument
             self._auth_seen = True
@@ -3503,7 +3503,7 @@ class _Program:
         self._loop = asyncio.get_running_loop()
         limit_loop_errors(self._loop)
         server = await self._start()
-        self._set_signal_handlers()
+        self._handle_signals()
         self._announce(server)
         status = 0
         if self._args.command:
@@ -3613,7 +3613,7 @@ class _Program:
             text = _json_line(event, **values)
             self._output.put(lambda: text, len(text))
 
-    def _set_signal_handlers(self) -> None:
+    def _handle_signals(self) -> None:
         if os.name == "posix":
             # Otherwise, a signal just before the event loop waits is handled at its next event.
             reader, writer = socket.socketpair()
