@@ -914,7 +914,7 @@ def _lint_fields(header: bytes) -> list[str]:
 
 @dataclass
 class Deliver:
-    """Action: deliver the envelope and set `reply`, which the session returns next."""
+    """Action: store the envelope, call the handler, and set `reply`, the next of the session."""
 
     envelope: Envelope
     reply: Reply = DELIVERY_FAILED
@@ -974,11 +974,13 @@ _NO_ARGUMENT = {"STARTTLS", "DATA", "RSET", "QUIT"}
 _VERB_PATTERN = rf"\s*({'|'.join(map(re.escape, RULE_VERBS))})(?=\s|$)"
 _GLOB_PATTERN = r"\s+(\S+)"
 _COUNT_PATTERN = r"(?:\s+x([1-9][0-9]{0,8})(?=\s|$))?"
-_ACTION_PATTERN = (
-    r"\s+(?:(?P<word>drop|ok)|delay\s+(?P<delay>[0-9]{1,6}(?:\.[0-9]{1,6})?)"
-    r"|(?P<code>(?P<class>[45])[0-9]{2})(?:\s+(?P<status>(?P=class)(?:\.[0-9]{1,3}){2}))?"
-    r"(?:\s+(?![0-9]\.[0-9])(?!drop\s*$)(?P<text>\S.*?))?(?P<drop>\s+drop)?)\s*$"
-)
+_DELAY_PATTERN = r"delay\s+(?P<delay>[0-9]{1,6}(?:\.[0-9]{1,6})?)"
+_CODE_PATTERN = r"(?P<code>(?P<class>[45])[0-9]{2})"
+_STATUS_PATTERN = r"(?:\s+(?P<status>(?P=class)(?:\.[0-9]{1,3}){2}))?"
+# Not a status code of another class than the code, and not the word drop alone
+_TEXT_PATTERN = r"(?:\s+(?![0-9]\.[0-9])(?!drop\s*$)(?P<text>\S.*?))?"
+_REPLY_PATTERN = rf"{_CODE_PATTERN}{_STATUS_PATTERN}{_TEXT_PATTERN}(?P<drop>\s+drop)?"
+_ACTION_PATTERN = rf"\s+(?:(?P<word>drop|ok)|{_DELAY_PATTERN}|{_REPLY_PATTERN})\s*$"
 
 
 def parse_rule(text: str) -> Rule:
@@ -2941,7 +2943,7 @@ def _run_in_thread(server: Server) -> Iterator[None]:
         if thread.is_alive() and not sys.is_finalizing():
             thread.join(HANDLER_TIMEOUT)
     if thread.is_alive() and not sys.is_finalizing():
-        text = f"the handler {server.handler!r} has not returned for {HANDLER_TIMEOUT} s"
+        text = f"the handler {server.handler!r} did not return within {HANDLER_TIMEOUT} s"
         raise RuntimeError(text)
 
 
@@ -3519,7 +3521,7 @@ class _Program:
                 await self._output.close()
         except asyncio.TimeoutError:
             name = self._args.handler
-            log.error("The handler %s has not returned for %g s", name, HANDLER_TIMEOUT)
+            log.error("The handler %s did not return within %g s", name, HANDLER_TIMEOUT)
             self._cleanup.close()
             os._exit(status or 1)  # asyncio.run() would wait for the handler as well
         expectation_status = self._check_expectation(server)

@@ -4127,7 +4127,7 @@ def test_handler_that_hangs_in_the_program(
             client.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n\r\n.\r\n")
             status, text = server.wait()
     assert status == 1
-    assert f"ERROR: The handler handlers:{handler} has not returned for 0.2 s" in text
+    assert f"ERROR: The handler handlers:{handler} did not return within 0.2 s" in text
 
 
 # Runs a command as process 1, as in a container; such a process is not ended by SIG_DFL.
