@@ -3515,8 +3515,9 @@ class _Program:
         log.info("Cleaning up")
         # A test run does not wait for its handler forever.
         is_test_run = self._args.command or self._args.expect is not None or self._args.timeout
+        timeout = HANDLER_TIMEOUT if is_test_run and self._args.handler else None
         try:
-            await asyncio.wait_for(server.close(), HANDLER_TIMEOUT if is_test_run else None)
+            await asyncio.wait_for(server.close(), timeout)
             if self._output is not None:
                 await self._output.close()
         except asyncio.TimeoutError:
