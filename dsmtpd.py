@@ -2331,6 +2331,8 @@ def limit_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
     def on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         nonlocal next_time
         error = context.get("exception")
+        if isinstance(error, ValueError) and "Invalid file descriptor" in str(error):
+            return  # the server was closed before asyncio accepts again
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
         elif loop.time() >= next_time:
