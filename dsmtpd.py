@@ -1309,8 +1309,8 @@ class Session:
 
     def _log_reply(self, reply: Reply) -> None:
         if log.isEnabledFor(logging.DEBUG):
-            for line in reply.encoded.decode().removesuffix("\r\n").split("\r\n"):
-                log.debug("%s S: %s", self.peer, escape_unprintable(line))
+            for line in reply.encoded.decode().splitlines():
+                log.debug("%s S: %s", self.peer, line)
 
     def _begin_command(self, line: str, verb: str = "") -> None:
         self._command = line
@@ -2206,6 +2206,7 @@ class Connection:
                 action.reply = await self._deliver(action.envelope)
             elif isinstance(action, StartTLS):
                 await self._start_tls()
+            # wait_for() of Python 3.10 and 3.11 can lose a cancellation at the end of a delay.
             elif isinstance(action, Delay) and self._final_reply is None:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._read_ahead(), action.seconds)
