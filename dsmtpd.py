@@ -78,92 +78,7 @@ log = logging.getLogger("dsmtpd")
 log.addHandler(logging.NullHandler())
 
 
-# --- Limits and configuration -------------------------------------------------------
-
-# Length of a command line in octets, CRLF included. RFC 5321 section 4.5.3.1.4 requires 512;
-# RFC 4954 section 4 recommends 12,288 for AUTH. One limit for all commands is simpler.
-MAX_COMMAND_LENGTH = 12_288
-
-# Recipients of one message. RFC 5321 section 4.5.3.1.8 requires 100; Postfix accepts 1000.
-MAX_RECIPIENTS = 1000
-
-# Octets of the arguments of all RCPT commands of one message: over 512 for each recipient.
-MAX_RCPT_ARGUMENTS = 512 * 1024
-
-# 5xx replies in a row before the connection is closed; those of failure rules do not count. The
-# value is the default of smtpd_hard_error_limit in Postfix.
-MAX_ERRORS = 20
-
-# Warnings of one kind that the program logs per minute, so that a client in a loop cannot fill
-# the disk.
-MAX_LOGGED_WARNINGS = 100
-
-# Sessions at the same time, so that a loop in a client cannot exhaust the machine.
-MAX_CONNECTIONS = 1000
-
-# Octets of content that all sessions may hold in memory together, or twice the maximum size of
-# a message if that is larger. If messages have no maximum size, neither has this.
-MAX_CONTENT_IN_MEMORY = 256 * 1024 * 1024
-
-# Octets of the content in which the Subject field is searched.
-SUBJECT_SEARCH_SIZE = 65_536
-
-# Octets of the content in which the lint searches for the header fields.
-FIELDS_SEARCH_SIZE = 1_048_576
-
-# Characters of a MIME header field that are parsed; the parser is slow for long ones.
-MAX_MIME_FIELD_LENGTH = 500
-
-# Characters of adjacent encoded-words that are decoded; the decoder is slow for long ones.
-MAX_ENCODED_LENGTH = 4096
-
-# Seconds without a byte from the client. RFC 5321 section 4.5.3.2.7 requires five minutes.
-IDLE_TIMEOUT = 300.0
-
-# Seconds that clients have to read the last reply when the server stops.
-STOP_TIMEOUT = 0.5
-
-# Seconds that Server.close() waits before it stops listening: asyncio would leave connections
-# open that it has accepted but not yet passed to the server.
-ACCEPT_GRACE = 0.001
-
-# Seconds after its last message that a client has to send QUIT when the block of capture() ends.
-QUIT_GRACE = 0.1
-
-# Seconds after which storing a message counts as slow, and the messages that wait for it get
-# threads of their own.
-SLOW_DELIVERY = 0.01
-
-# Seconds that a handler has to return when the block of capture() ends, or when the program stops
-# because of --expect, --timeout or the end of the command.
-HANDLER_TIMEOUT = 10.0
-
-# Seconds after which a delivery, and the end of the program, no longer wait for an output that
-# nobody reads.
-OUTPUT_TIMEOUT = 2.0
-
-# Characters that are written to an output at a time, to see whether somebody reads it.
-OUTPUT_SIZE = 65_536
-
-# Octets of messages and events that may wait for an output that nobody reads.
-MAX_WAITING_OUTPUT = 64 * 1024 * 1024
-
-# Characters of each part of a message that --print shows.
-MAX_PRINTED_LENGTH = 100_000
-
-# Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
-KILL_TIMEOUT = 5.0
-
-# Seconds after which a file in the tmp of a Maildir is a leftover (maildir(5)).
-LEFTOVER_AGE = 36 * 60 * 60
-
-# Maximum bytes of one read from a client.
-READ_SIZE = 65_536
-
-# Bytes of the replies to pipelined commands that are written together; after that, the other
-# sessions have their turn.
-WRITE_SIZE = 4096
-
+# --- Configuration --------------------------------------------------------------------
 
 TLS_MODES = ("starttls", "required", "implicit")
 
@@ -319,7 +234,7 @@ def with_options(config: Config, options: Options) -> Config:
     return replace(config, **options)
 
 
-# --- Replies --------------------------------------------------------------------------
+# --- Replies and actions --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -393,522 +308,6 @@ TIMED_OUT = Reply(421, "4.4.2", "Idle timeout")
 TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
 
 
-# --- Text for the log ------------------------------------------------------------------
-
-
-def escape_unprintable(text: str) -> str:
-    """Return the text with control characters escaped, so that it is one line of a log."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
-
-
-def format_address(sockname: Any) -> str:
-    """Return the name of a socket as ADDRESS:PORT, with brackets around an IPv6 address.
-
-    sockname is None or empty for a client that has disconnected already.
-    """
-    if not sockname:
-        return "unknown:0"
-    host, port = sockname[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-# --- Grammar --------------------------------------------------------------------------
-#
-# Each regular expression takes time linear in the length of the text.
-
-# The control characters C0 and C1, which terminals interpret, and the Unicode line separators.
-# All other characters outside ASCII are UTF8-non-ascii (RFC 6531 section 3.3).
-_CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
-
-# The sets below are negated, so that they include everything outside ASCII.
-
-# atext = ALPHA / DIGIT / "!" / "#" / "$" / ... (RFC 5322 section 3.2.3)
-_ATEXT = rf'[^{_CONTROL} "(),.:;<>@\[\\\]]'
-# Dot-string = Atom *("." Atom)
-_DOT_STRING = rf"{_ATEXT}+(?:\.{_ATEXT}+)*"
-# Quoted-string = DQUOTE *(qtextSMTP / quoted-pairSMTP) DQUOTE
-_QUOTED_STRING = rf'"(?:[^{_CONTROL}"\\]|\\[ -~])*"'
-# Let-dig = ALPHA / DIGIT, and the underscore, which containers have in their names
-_LET_DIG = rf"[^{_CONTROL} -/:-@\[-^`{{-~]"
-# sub-domain = Let-dig [Ldh-str]
-_SUB_DOMAIN = rf"{_LET_DIG}+(?:-+{_LET_DIG}+)*"
-# Domain = sub-domain *("." sub-domain)
-_DOMAIN = rf"{_SUB_DOMAIN}(?:\.{_SUB_DOMAIN})*"
-# Snum = 1*3DIGIT, from 0 to 255
-_SNUM = r"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9]{1,2})"
-# address-literal = "[" ( IPv4 / IPv6 / General ) "]" (RFC 5321 section 4.1.3)
-_ADDRESS_LITERAL = (
-    rf"\[(?:{_SNUM}(?:\.{_SNUM}){{3}}|(?i:IPv6):(?P<ipv6>[0-9A-Fa-f:.]+)"
-    r"|(?!(?i:IPv6):)(?:[A-Za-z0-9]|-+[A-Za-z0-9])+:[!-Z^-~]+)\]"
-)
-# A-d-l = At-domain *( "," At-domain )
-_SOURCE_ROUTE = rf"@{_DOMAIN}(?:,@{_DOMAIN})*:"
-# Mailbox = Local-part "@" ( Domain / address-literal ), or a Local-part alone
-_MAILBOX = rf"(?:{_DOT_STRING}|{_QUOTED_STRING})(?:@(?:{_DOMAIN}|{_ADDRESS_LITERAL}))?"
-_PATH = re.compile(rf"(?:{_SOURCE_ROUTE})?(?P<mailbox>{_MAILBOX})")
-
-# The argument of MAIL or RCPT: a path in angle brackets and the parameters. A quoted string
-# in the path may contain brackets; an unbalanced quote is left for parse_mailbox() to reject.
-# RFC 5321 section 3.3 forbids a space after the colon, but every server accepts it.
-_PATH_AND_PARAMETERS = (
-    r':[ ]*<(?P<path>[^">]*(?:"(?:[^"\\]|\\.)*"[^">]*)*|[^>]*)>(?: +(?P<parameters>.*))?'
-)
-_MAIL_ARGUMENT = re.compile("FROM" + _PATH_AND_PARAMETERS, re.IGNORECASE | re.ASCII)
-_RCPT_ARGUMENT = re.compile("TO" + _PATH_AND_PARAMETERS, re.IGNORECASE | re.ASCII)
-
-# The argument of EHLO or HELO. RFC 5321 section 4.1.1.1 requires a domain or an address
-# literal, but applications send the name of their machine, which may be neither. Surrogates
-# stand for bytes that are not UTF-8.
-_HELO_ARGUMENT = re.compile(rf"[^{_CONTROL}\ud800-\udfff ]+")
-
-# bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2). Any rest is accepted here,
-# because the octets of a refused chunk can be discarded only if its size is known.
-_BDAT_ARGUMENT = re.compile("0*(?P<size>[0-9]{1,20})(?P<rest>(?![0-9]).*)")
-
-# xtext = *( xchar / hexchar ) (RFC 3461 section 4)
-_XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
-
-# RFC 3461 sections 4.2 and 4.4: the decoded text is printable
-_PRINTABLE_XTEXT = r"(?:[!-*,-<>-~]|\+(?:[2-6][0-9A-F]|7[0-9A-E]))+"
-
-# RFC 6533 section 3: utf-8-addr-xtext / utf-8-addr-unitext
-_UTF8_ADDRESS = r"(?:[!-*,-<>-\[\]-~]|\\x\{[0-9A-F]{2,6}\}|[^\x00-\x9f\u2028\u2029])+"
-
-# {keyword: (extension, regular expression for what follows the keyword)}
-Parameters = Mapping[str, tuple[str, str]]
-
-MAIL_PARAMETERS: Parameters = {
-    "SIZE": ("SIZE", "=[0-9]{1,20}"),  # RFC 1870 section 3
-    "BODY": ("8BITMIME", "=(?:7BIT|8BITMIME|BINARYMIME)"),  # RFC 6152, RFC 3030 section 3
-    "SMTPUTF8": ("SMTPUTF8", ""),  # RFC 6531 section 3.4
-    "AUTH": ("AUTH", f"={_XTEXT}"),  # RFC 4954 section 5; "<>" is valid xtext
-    "RET": ("DSN", "=(?:FULL|HDRS)"),  # RFC 3461 section 4.3
-    "ENVID": ("DSN", f"={_PRINTABLE_XTEXT}"),  # RFC 3461 section 4.4
-}
-RCPT_PARAMETERS: Parameters = {
-    # RFC 3461 section 4.1
-    "NOTIFY": ("DSN", "=(?:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)"),
-    # RFC 3461 section 4.2
-    "ORCPT": ("DSN", f"=(?:utf-8;{_UTF8_ADDRESS}|(?!utf-8;)[a-z0-9-]+;{_PRINTABLE_XTEXT})"),
-}
-
-
-def parse_parameters(text: str, known: Parameters, extensions: Sequence[str]) -> dict[str, str]:
-    """Mail-parameters / Rcpt-parameters = esmtp-param *(SP esmtp-param)
-
-    known is MAIL_PARAMETERS or RCPT_PARAMETERS, and extensions are those that the server
-    offers. Returns {keyword in upper case: value}; the value is "" for a keyword without one.
-    Raises SMTPError 555 for an unknown keyword (RFC 5321 section 4.1.1.11) and 501 for an
-    invalid value or a duplicate keyword.
-    """
-    parameters: dict[str, str] = {}
-    for parameter in filter(None, text.split(" ")):
-        keyword, equals, value = parameter.partition("=")
-        # str.upper() converts some letters outside ASCII to ASCII letters.
-        keyword = keyword.upper() if keyword.isascii() else ""
-        extension, pattern = known.get(keyword, ("", ""))
-        if extension not in extensions:
-            raise SMTPError(555, "5.5.4", "Unknown parameter")
-        if keyword in parameters:
-            raise SMTPError(501, "5.5.4", f"Duplicate parameter {keyword}")
-        if not re.fullmatch(pattern, equals + value, re.IGNORECASE):
-            raise SMTPError(501, "5.5.4", f"Invalid value for parameter {keyword}")
-        parameters[keyword] = value
-    return parameters
-
-
-def parse_mailbox(text: str, status: str) -> str:
-    """[ A-d-l ":" ] Mailbox, or a Local-part alone, such as Postmaster
-
-    Returns the address without the source route (RFC 5321 appendix C). Raises SMTPError
-    501 with the given enhanced status code, or with 5.5.2 if the text is not valid UTF-8.
-    """
-    if not text.isascii() and re.search("[\udc80-\udcff]", text):
-        raise SMTPError(501, "5.5.2", "Address is not valid UTF-8")
-    match = _PATH.fullmatch(text)
-    if match is None or (match["ipv6"] and not _is_ipv6_address(match["ipv6"])):
-        raise SMTPError(501, status, "Bad address syntax")
-    return match["mailbox"]
-
-
-def _is_ipv6_address(text: str) -> bool:
-    try:
-        socket.inet_pton(socket.AF_INET6, text)
-    except OSError:
-        return False
-    return True
-
-
-# --- Messages -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """A part of a message that is not its text, such as a file or an image."""
-
-    name: str
-    """The file name, or ""."""
-    type: str
-    """The media type, such as "application/pdf"."""
-    content: bytes
-    """The decoded content."""
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """A message with the data of its SMTP session."""
-
-    peer: str
-    """Address and port of the client, such as "127.0.0.1:54321" or "[::1]:54321"."""
-    helo: str
-    """The argument of EHLO or HELO."""
-    protocol: str
-    """SMTP, ESMTP, UTF8SMTP and so on (RFC 3848, RFC 6531 section 4.3)."""
-    tls: bool
-    """Whether the message was sent over TLS."""
-    user: str | None
-    """The user name of the login, or None."""
-    mail_from: str
-    """The reverse-path without angle brackets; "" is the null reverse-path."""
-    mail_options: dict[str, str]
-    """The parameters of MAIL: {keyword in upper case: value, or ""}."""
-    rcpt_tos: list[str]
-    """The forward-paths without angle brackets, in the order of the RCPT commands."""
-    rcpt_options: list[dict[str, str]]
-    """The parameters of RCPT: one dictionary for each of rcpt_tos."""
-    content: bytes
-    """The content as sent: line ends are CRLF, and dot-stuffing is undone."""
-    received: datetime
-    """When the end of the content arrived, with a time zone."""
-    warnings: list[str] = field(default_factory=list)
-    """What real servers object to, each as "name: description (RFC section)"."""
-    path: Path | None = None
-    """The file in the Maildir, if the message is stored."""
-
-    @cached_property
-    def email(self) -> email.message.EmailMessage:
-        """The parsed content. Header fields that do not parse are their text as sent."""
-        import email.parser
-
-        parser = email.parser.BytesParser(policy=_lenient_policy())
-        try:
-            message = parser.parsebytes(self.content)
-        except RecursionError:  # parts nested too deeply: do not parse the body
-            message = parser.parsebytes(self.content, headersonly=True)
-        assert isinstance(message, email.message.EmailMessage)
-        return message
-
-    @cached_property
-    def subject(self) -> str:
-        """The decoded Subject field as one line; "" if there is none."""
-        match = re.match(_SUBJECT_FIELD, self.content[:SUBJECT_SEARCH_SIZE])
-        body = match["body"].decode("utf-8", "replace") if match else ""
-        return _one_line(re.sub(_ENCODED_WORDS, _decode_words, " ".join(body.split())))
-
-    @cached_property
-    def text(self) -> str:
-        """The first text/plain part that is not an attachment, decoded; "" if there is none."""
-        return _decode_first_part(self.email, "text/plain")
-
-    @cached_property
-    def html(self) -> str:
-        """The first text/html part that is not an attachment, decoded; "" if there is none."""
-        return _decode_first_part(self.email, "text/html")
-
-    @cached_property
-    def links(self) -> list[str]:
-        """The URLs in the text and the HTML in the order of appearance, without repeats."""
-        _, urls = parse_html(self.html)
-        return list(dict.fromkeys([*find_urls(self.text), *urls]))
-
-    @cached_property
-    def attachments(self) -> list[Attachment]:
-        """The parts that are not text of the message."""
-        return [
-            Attachment(_file_name(part), part.get_content_type(), _decode_payload(part))
-            for part in _leaf_parts(self.email)
-            if not _is_text(part)
-        ]
-
-    def summary(self) -> str:
-        """Return sender, recipients and subject as one line for the log."""
-        rcpt_tos = ", ".join(self.rcpt_tos)
-        return escape_unprintable(f"{self.mail_from} -> {rcpt_tos} [{self.subject}]")
-
-
-# The first Subject field of the header section, with its folded lines.
-_SUBJECT_FIELD = (
-    rb"(?i)(?:(?!\r?\n|subject[ \t]*:)[^\n]+\n)*subject[ \t]*:(?P<body>[^\n]*(?:\n[ \t]+[^\n]*)*)"
-)
-
-# encoded-word = "=?" charset "?" encoding "?" encoded-text "?=" (RFC 2047 section 2)
-_ENCODED_WORD = r"=\?[!->@-~]+\?[bq]\?[!->@-~]*\?="
-# White space between adjacent encoded-words is not part of the text (RFC 2047 section 6.2).
-_ENCODED_WORDS = f"(?i){_ENCODED_WORD}(?: {_ENCODED_WORD})*"
-
-
-def _decode_words(match: re.Match[str]) -> str:
-    if len(match[0]) <= MAX_ENCODED_LENGTH:
-        with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
-            return str(email.header.make_header(email.header.decode_header(match[0])))
-    return match[0]
-
-
-def _one_line(text: str) -> str:
-    """Return the text as one line; surrogates, which cannot be encoded, become "?"."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
-
-
-@lru_cache
-def _lenient_policy() -> email.policy.EmailPolicy:
-    import email.policy  # only for this, because it imports most of the email package
-
-    class LenientPolicy(email.policy.EmailPolicy):
-        """The default policy, but header fields that do not parse are plain text."""
-
-        def header_fetch_parse(self, name: str, value: str) -> Any:
-            if name.lower().startswith("content-"):
-                value = value[:MAX_MIME_FIELD_LENGTH]
-            try:
-                return super().header_fetch_parse(name, value)
-            except Exception:  # the parser raises many kinds of errors
-                return _one_line(value)
-
-    return LenientPolicy()
-
-
-def _leaf_parts(message: email.message.Message) -> Iterator[email.message.Message]:
-    """Yield the parts of a message in their order. An attached message is one part."""
-    stack = [message]
-    while stack:
-        part = stack.pop()
-        if part.is_multipart() and part.get_content_maintype() == "multipart":
-            parts: Any = part.get_payload()
-            stack.extend(reversed(parts))
-        else:
-            yield part
-
-
-def _is_text(part: email.message.Message) -> bool:
-    is_file = part.get_content_disposition() == "attachment" or _file_name(part)
-    return part.get_content_maintype() == "text" and not is_file
-
-
-def _file_name(part: email.message.Message) -> str:
-    with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
-        return " ".join((part.get_filename() or "").split())
-    return ""
-
-
-def _decode_payload(part: email.message.Message) -> bytes:
-    with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
-        if part.is_multipart():  # an attached message
-            return part.as_bytes().partition(b"\n\n")[2]
-        return bytes(part.get_payload(decode=True) or b"")
-    return b""
-
-
-def _decode_first_part(message: email.message.Message, content_type: str) -> str:
-    for part in _leaf_parts(message):
-        if part.get_content_type() == content_type and _is_text(part):
-            return _decode_text(part).replace("\r\n", "\n")
-    return ""
-
-
-def _decode_text(part: email.message.Message) -> str:
-    data = _decode_payload(part)
-    with contextlib.suppress(Exception):  # an unknown charset, or a failure of its decoder
-        charset = codecs.lookup(str(part.get_content_charset("utf-8"))).name
-        if charset not in ("idna", "punycode"):  # they take quadratic time
-            return data.decode(charset, "replace")
-    return data.decode("utf-8", "replace")
-
-
-_URL = re.compile(r"https?://[^\s<>\"'\x00-\x1f]+", re.IGNORECASE)
-
-
-def find_urls(text: str) -> list[str]:
-    """Return the http and https URLs in a text, without trailing punctuation."""
-    # A closing parenthesis may belong to a URL with an opening one.
-    return [url.rstrip(".,:;!?*]" if "(" in url else ".,:;!?*])") for url in _URL.findall(text)]
-
-
-# A comment, an element whose content is not text, or a tag. There is only one way to match
-# each part of a tag, so that the time is linear.
-_MARKUP = re.compile(
-    r"<!--.*?(?:-->|\Z)"
-    r"|<(script|style|title)\b.*?(?:</\1\s*>|\Z)"
-    r"""|<[/!?a-z][^<>"']*(?:(?:"[^"]*"|'[^']*')[^<>"']*)*>""",
-    re.IGNORECASE | re.DOTALL,
-)
-_TAG_NAME = re.compile(r"<(/?[a-z][a-z0-9]*)", re.IGNORECASE)
-_HREF = re.compile(r"""\shref\s*=\s*("[^"]*"|'[^']*'|[^\s>"']+)""", re.IGNORECASE)
-# Elements that begin or end a line
-_LINE_ELEMENTS = "br dd div dt h1 h2 h3 h4 h5 h6 hr li ol p pre table tr ul".split()
-
-
-def _unescape(text: str) -> str:
-    """Decode the entities of HTML; those with numbers that html.unescape() refuses are dropped."""
-    return html.unescape(re.sub(r"&#[0-9]{50,};?", "", text))
-
-
-def parse_html(document: str) -> tuple[str, list[str]]:
-    """Return the text of an HTML document, and the URLs in it.
-
-    After the text of a link, its URL is added in angle brackets, unless the text ends with it.
-    """
-    text: list[str] = []
-    urls: list[str] = []
-    url = ""
-    position = 0
-
-    def add_text(fragment: str) -> None:
-        text.append(re.sub(r"\s+", " ", _unescape(fragment)))
-        urls.extend(find_urls(text[-1]))
-
-    for markup in _MARKUP.finditer(document):
-        add_text(document[position : markup.start()])
-        position = markup.end()
-        tag = _TAG_NAME.match(markup[0])
-        name = tag[1].lower() if tag else ""
-        if name == "a":
-            url = _link_url(markup[0])
-            if url:
-                urls.append(url)
-        elif name == "/a" and url:
-            if url not in text[-1]:
-                text.append(f" <{url}>")
-            url = ""
-        elif name.lstrip("/") in _LINE_ELEMENTS:
-            text.append("\n")
-    add_text(document[position:])
-    lines = [line.strip() for line in "".join(text).split("\n")]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), urls
-
-
-def _link_url(tag: str) -> str:
-    """Return the absolute URL of a link, or ""."""
-    match = _HREF.search(tag)
-    url = _unescape(match[1].strip("\"'")).strip() if match else ""
-    return url if re.match(r"[a-z][a-z0-9+.-]*://", url, re.IGNORECASE) else ""
-
-
-_EMPTY_LINE = re.compile(rb"\n\r?\n")
-
-
-def header_section(content: bytes) -> bytes:
-    """Return the content up to the first empty line."""
-    if content.startswith((b"\n", b"\r\n")):
-        return b""
-    match = _EMPTY_LINE.search(content)
-    return content[: match.start()] if match else content
-
-
-def is_binary(mail_options: Mapping[str, str]) -> bool:
-    """Return whether MAIL had BODY=BINARYMIME: the content need not be lines (RFC 3030)."""
-    return mail_options.get("BODY", "").upper() == "BINARYMIME"
-
-
-# --- Lint -----------------------------------------------------------------------------
-
-# {name of a warning: its text}
-WARNINGS = {
-    "bare-lf": "LF without CR {} (RFC 5321 section 2.3.8)",
-    "bare-cr": "CR without LF in the content (RFC 5321 section 2.3.8)",
-    "long-line": "a line of over 998 octets (RFC 5322 section 2.1.1)",
-    "utf8-header": "the header needs SMTPUTF8 (RFC 6531 section 3.4)",
-    "bcc-header": "a Bcc field is visible to all recipients (RFC 5322 section 3.6.3)",
-    "missing-date": "no Date field (RFC 5322 section 3.6.1)",
-    "missing-from": "no From field (RFC 5322 section 3.6.2)",
-    "missing-message-id": "no Message-ID field (RFC 5322 section 3.6.4)",
-    "duplicate-field": "more than one {} field (RFC 5322 section 3.6)",
-    "address-syntax": "an underscore in a domain (RFC 5321 section 4.1.2)",
-    "plaintext-auth": "a login without TLS (RFC 4954 section 4)",
-    "early-talker": "data was sent before {} (RFC 2920 section 3.1)",
-}
-
-# RFC 5322 section 3.6
-_REQUIRED_FIELDS = {
-    b"date": "missing-date",
-    b"from": "missing-from",
-    b"message-id": "missing-message-id",
-}
-_UNIQUE_FIELDS = (
-    "Date From Sender Reply-To To Cc Bcc Message-ID In-Reply-To References Subject".split()
-)
-# ".*" skips the rest of the line, which would otherwise be searched as well.
-_FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:.*", re.MULTILINE)
-
-# RFC 5322 section 2.1.1, without the line end
-_MAX_LINE_LENGTH = 998
-
-
-def warning(name: str, detail: str = "") -> str:
-    """Return the text of a warning: "name: description (RFC section)"."""
-    return f"{name}: {WARNINGS[name].format(detail)}"
-
-
-def lint(content: bytes, mail_options: Mapping[str, str]) -> list[str]:
-    """Return what real servers object to in a message, each as the text of a warning.
-
-    The content is searched as a whole, without splitting it into lines.
-    """
-    warnings = [] if is_binary(mail_options) else _lint_lines(content)
-    header = header_section(content)
-    if "SMTPUTF8" not in mail_options and not header.isascii():
-        warnings.append(warning("utf8-header"))
-    return warnings + _lint_fields(header[:FIELDS_SEARCH_SIZE])
-
-
-def _lint_lines(content: bytes) -> list[str]:
-    warnings = []
-    line_ends = content.count(b"\r\n")
-    if content.count(b"\n") > line_ends:
-        warnings.append(warning("bare-lf", "in the content"))
-    if content.count(b"\r") > line_ends:
-        warnings.append(warning("bare-cr"))
-    if _has_long_line(content):
-        warnings.append(warning("long-line"))
-    return warnings
-
-
-def _has_long_line(content: bytes) -> bool:
-    """Return whether a line has over 998 octets.
-
-    Each search goes backwards from where the longest valid line would end, and so skips the
-    shorter lines before that.
-    """
-    start = 0
-    while start + _MAX_LINE_LENGTH < len(content):
-        end = content.rfind(b"\n", start, start + _MAX_LINE_LENGTH + len("\r\n"))
-        if end < 0:
-            return True
-        start = end + 1
-    return False
-
-
-def _lint_fields(header: bytes) -> list[str]:
-    """Return the warnings about the names of the header fields."""
-    names = _FIELD_NAME.findall(header.lower())
-    distinct = set(names)
-    warnings = [warning(name) for key, name in _REQUIRED_FIELDS.items() if key not in distinct]
-    if len(names) > len(distinct):
-        warnings += [
-            warning("duplicate-field", name)
-            for name in _UNIQUE_FIELDS
-            if names.count(name.lower().encode()) > 1
-        ]
-    if b"bcc" in distinct:
-        warnings.append(warning("bcc-header"))
-    return warnings
-
-
-# --- Actions --------------------------------------------------------------------------
-#
 # What a session asks its connection to do, apart from sending a Reply.
 
 
@@ -940,143 +339,25 @@ class Close:
 Action = Reply | Deliver | StartTLS | Delay | Close
 
 
-# --- Failure rules --------------------------------------------------------------------
-
-# What a rule can apply to: the greeting, the commands, and "." for the end of the content.
-RULE_VERBS = (
-    "CONNECT EHLO HELO STARTTLS AUTH MAIL RCPT DATA BDAT . RSET NOOP QUIT VRFY HELP".split()
-)
-
-# What a rule can do
-RuleAction = Reply | Delay | Close
-
-
-@dataclass
-class Rule:
-    """A scripted failure; parse_rule() creates it."""
-
-    text: str
-    """The rule as it was written."""
-    verb: str
-    """One of RULE_VERBS."""
-    pattern: str
-    """A pattern of fnmatch in lower case, for the address of the client (CONNECT), the path
-    (MAIL, RCPT), the decoded subject (.), or the argument of other commands."""
-    remaining: float
-    """How many more times the rule applies."""
-    actions: list[RuleAction]
-    """What to do; [] lets the command proceed. The next rules apply only after a Delay."""
-
-
-# Commands that allow no argument
-_NO_ARGUMENT = {"STARTTLS", "DATA", "RSET", "QUIT"}
-
-_VERB_PATTERN = rf"\s*({'|'.join(map(re.escape, RULE_VERBS))})(?=\s|$)"
-_GLOB_PATTERN = r"\s+(\S+)"
-_COUNT_PATTERN = r"(?:\s+x([1-9][0-9]{0,8})(?=\s|$))?"
-_DELAY_PATTERN = r"delay\s+(?P<delay>[0-9]{1,6}(?:\.[0-9]{1,6})?)"
-_CODE_PATTERN = r"(?P<code>(?P<class>[45])[0-9]{2})"
-_STATUS_PATTERN = r"(?:\s+(?P<status>(?P=class)(?:\.[0-9]{1,3}){2}))?"
-# Not a status code of another class than the code, and not the word drop alone
-_TEXT_PATTERN = r"(?:\s+(?![0-9]\.[0-9])(?!drop\s*$)(?P<text>\S.*?))?"
-_REPLY_PATTERN = rf"{_CODE_PATTERN}{_STATUS_PATTERN}{_TEXT_PATTERN}(?P<drop>\s+drop)?"
-_ACTION_PATTERN = rf"\s+(?:(?P<word>drop|ok)|{_DELAY_PATTERN}|{_REPLY_PATTERN})\s*$"
-
-
-def parse_rule(text: str) -> Rule:
-    """VERB GLOB [ "x" N ] ( CODE [ x.y.z ] [ text ] [ "drop" ] / "delay" SECONDS / "drop" / "ok" )
-
-    Raises ValueError; its text marks the place that does not parse with >>> and <<<.
-    """
-    position = 0
-
-    def error(expected: str) -> ValueError:
-        rest = text[position:].strip() or "nothing"
-        return ValueError(f"rule {text[:position]} >>>{rest}<<< expected {expected}")
-
-    def match_next(pattern: str, expected: str) -> re.Match[str]:
-        nonlocal position
-        match = re.compile(pattern, re.IGNORECASE | re.ASCII).match(text, position)
-        if match is None:
-            raise error(expected)
-        position = match.end()
-        return match
-
-    verb = match_next(_VERB_PATTERN, f"one of {' '.join(RULE_VERBS)}")[1].upper()
-    argument = match_next(_GLOB_PATTERN, "a pattern such as * or *@example.com")
-    pattern = argument[1].lower()
-    if reason := _why_it_never_matches(verb, pattern):
-        position = argument.start()
-        raise error(f"a pattern that can match: {reason}")
-    count = match_next(_COUNT_PATTERN, "a count such as x1")[1]
-    action = match_next(
-        _ACTION_PATTERN,
-        "a code from 400 to 599 [x.y.z of its class] [text], delay SECONDS, drop, or ok",
-    )
-    remaining = int(count) if count else float("inf")
-    return Rule(text, verb, pattern, remaining, _rule_actions(action))
-
-
-def _why_it_never_matches(verb: str, pattern: str) -> str:
-    """Return why the pattern cannot match any command, or "" if it can."""
-    if verb in _NO_ARGUMENT and not fnmatchcase("", pattern):
-        return f"{verb} has no argument (use *); for the subject of a message, use ."
-    if verb == "CONNECT" and re.search("[g-z@]", pattern):
-        return "CONNECT has the address of the client, such as 127.0.0.1"
-    if verb in ("MAIL", "RCPT") and re.match("<|from:|to:", pattern):
-        return f"{verb} has an address without angle brackets"
-    return ""
-
-
-def _rule_actions(match: re.Match[str]) -> list[RuleAction]:
-    if match["delay"]:
-        return [Delay(float(match["delay"]))]
-    if match["word"]:
-        return [Close()] if match["word"].lower() == "drop" else []
-    status = match["status"] or f"{match['class']}.0.0"
-    error = SMTPError(int(match["code"]), status, match["text"] or "Scripted failure")
-    return [error.reply, Close()] if match["drop"] else [error.reply]
-
-
-def rule_text(argument: str) -> str:
-    """Return the text of a command to match: the path of MAIL and RCPT, or the argument."""
-    match = _MAIL_ARGUMENT.fullmatch(argument) or _RCPT_ARGUMENT.fullmatch(argument)
-    return match["path"] if match else argument
-
-
-# The program limits how often it logs this, as it does for warnings.
-RULE_APPLIES = "%s: rule %s"
-
-
-class Rules:
-    """The failure rules of a server. Raises ValueError for a rule that does not parse."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._rules = [parse_rule(text) for text in texts]
-
-    def matching_actions(
-        self, verb: str, get_text: Callable[[], str], peer: str
-    ) -> list[RuleAction]:
-        """Return the actions of the rules that match: delays, then a Reply, Close, or both.
-
-        get_text() returns the text to match with the patterns; it is called only if there is a
-        rule for the verb, because decoding a subject is slow. peer is for the log.
-        """
-        actions: list[RuleAction] = []
-        for rule in self._rules:
-            if rule.verb != verb or not rule.remaining:
-                continue
-            if not fnmatchcase(get_text().lower(), rule.pattern):
-                continue
-            rule.remaining -= 1
-            log.info(RULE_APPLIES, peer, rule.text)
-            actions += rule.actions
-            if not any(isinstance(action, Delay) for action in rule.actions):
-                break
-        return actions
-
-
 # --- Session --------------------------------------------------------------------------
+
+# Length of a command line in octets, CRLF included. RFC 5321 section 4.5.3.1.4 requires 512;
+# RFC 4954 section 4 recommends 12,288 for AUTH. One limit for all commands is simpler.
+MAX_COMMAND_LENGTH = 12_288
+
+# Recipients of one message. RFC 5321 section 4.5.3.1.8 requires 100; Postfix accepts 1000.
+MAX_RECIPIENTS = 1000
+
+# Octets of the arguments of all RCPT commands of one message: over 512 for each recipient.
+MAX_RCPT_ARGUMENTS = 512 * 1024
+
+# 5xx replies in a row before the connection is closed; those of failure rules do not count. The
+# value is the default of smtpd_hard_error_limit in Postfix.
+MAX_ERRORS = 20
+
+# Octets of content that all sessions may hold in memory together, or twice the maximum size of
+# a message if that is larger. If messages have no maximum size, neither has this.
+MAX_CONTENT_IN_MEMORY = 256 * 1024 * 1024
 
 
 @dataclass
@@ -1881,7 +1162,674 @@ def _require_smtputf8(address: str, mail_options: dict[str, str]) -> None:
         raise SMTPError(553, "5.6.7", "Non-ASCII address requires SMTPUTF8")
 
 
+# --- Grammar --------------------------------------------------------------------------
+#
+# Each regular expression takes time linear in the length of the text.
+
+# The control characters C0 and C1, which terminals interpret, and the Unicode line separators.
+# All other characters outside ASCII are UTF8-non-ascii (RFC 6531 section 3.3).
+_CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+
+# The sets below are negated, so that they include everything outside ASCII.
+
+# atext = ALPHA / DIGIT / "!" / "#" / "$" / ... (RFC 5322 section 3.2.3)
+_ATEXT = rf'[^{_CONTROL} "(),.:;<>@\[\\\]]'
+# Dot-string = Atom *("." Atom)
+_DOT_STRING = rf"{_ATEXT}+(?:\.{_ATEXT}+)*"
+# Quoted-string = DQUOTE *(qtextSMTP / quoted-pairSMTP) DQUOTE
+_QUOTED_STRING = rf'"(?:[^{_CONTROL}"\\]|\\[ -~])*"'
+# Let-dig = ALPHA / DIGIT, and the underscore, which containers have in their names
+_LET_DIG = rf"[^{_CONTROL} -/:-@\[-^`{{-~]"
+# sub-domain = Let-dig [Ldh-str]
+_SUB_DOMAIN = rf"{_LET_DIG}+(?:-+{_LET_DIG}+)*"
+# Domain = sub-domain *("." sub-domain)
+_DOMAIN = rf"{_SUB_DOMAIN}(?:\.{_SUB_DOMAIN})*"
+# Snum = 1*3DIGIT, from 0 to 255
+_SNUM = r"(?:25[0-5]|2[0-4][0-9]|[01]?[0-9]{1,2})"
+# address-literal = "[" ( IPv4 / IPv6 / General ) "]" (RFC 5321 section 4.1.3)
+_ADDRESS_LITERAL = (
+    rf"\[(?:{_SNUM}(?:\.{_SNUM}){{3}}|(?i:IPv6):(?P<ipv6>[0-9A-Fa-f:.]+)"
+    r"|(?!(?i:IPv6):)(?:[A-Za-z0-9]|-+[A-Za-z0-9])+:[!-Z^-~]+)\]"
+)
+# A-d-l = At-domain *( "," At-domain )
+_SOURCE_ROUTE = rf"@{_DOMAIN}(?:,@{_DOMAIN})*:"
+# Mailbox = Local-part "@" ( Domain / address-literal ), or a Local-part alone
+_MAILBOX = rf"(?:{_DOT_STRING}|{_QUOTED_STRING})(?:@(?:{_DOMAIN}|{_ADDRESS_LITERAL}))?"
+_PATH = re.compile(rf"(?:{_SOURCE_ROUTE})?(?P<mailbox>{_MAILBOX})")
+
+# The argument of MAIL or RCPT: a path in angle brackets and the parameters. A quoted string
+# in the path may contain brackets; an unbalanced quote is left for parse_mailbox() to reject.
+# RFC 5321 section 3.3 forbids a space after the colon, but every server accepts it.
+_PATH_AND_PARAMETERS = (
+    r':[ ]*<(?P<path>[^">]*(?:"(?:[^"\\]|\\.)*"[^">]*)*|[^>]*)>(?: +(?P<parameters>.*))?'
+)
+_MAIL_ARGUMENT = re.compile("FROM" + _PATH_AND_PARAMETERS, re.IGNORECASE | re.ASCII)
+_RCPT_ARGUMENT = re.compile("TO" + _PATH_AND_PARAMETERS, re.IGNORECASE | re.ASCII)
+
+# The argument of EHLO or HELO. RFC 5321 section 4.1.1.1 requires a domain or an address
+# literal, but applications send the name of their machine, which may be neither. Surrogates
+# stand for bytes that are not UTF-8.
+_HELO_ARGUMENT = re.compile(rf"[^{_CONTROL}\ud800-\udfff ]+")
+
+# bdat-cmd = "BDAT" SP chunk-size [ SP "LAST" ] (RFC 3030 section 2). Any rest is accepted here,
+# because the octets of a refused chunk can be discarded only if its size is known.
+_BDAT_ARGUMENT = re.compile("0*(?P<size>[0-9]{1,20})(?P<rest>(?![0-9]).*)")
+
+# xtext = *( xchar / hexchar ) (RFC 3461 section 4)
+_XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
+
+# RFC 3461 sections 4.2 and 4.4: the decoded text is printable
+_PRINTABLE_XTEXT = r"(?:[!-*,-<>-~]|\+(?:[2-6][0-9A-F]|7[0-9A-E]))+"
+
+# RFC 6533 section 3: utf-8-addr-xtext / utf-8-addr-unitext
+_UTF8_ADDRESS = r"(?:[!-*,-<>-\[\]-~]|\\x\{[0-9A-F]{2,6}\}|[^\x00-\x9f\u2028\u2029])+"
+
+# {keyword: (extension, regular expression for what follows the keyword)}
+Parameters = Mapping[str, tuple[str, str]]
+
+MAIL_PARAMETERS: Parameters = {
+    "SIZE": ("SIZE", "=[0-9]{1,20}"),  # RFC 1870 section 3
+    "BODY": ("8BITMIME", "=(?:7BIT|8BITMIME|BINARYMIME)"),  # RFC 6152, RFC 3030 section 3
+    "SMTPUTF8": ("SMTPUTF8", ""),  # RFC 6531 section 3.4
+    "AUTH": ("AUTH", f"={_XTEXT}"),  # RFC 4954 section 5; "<>" is valid xtext
+    "RET": ("DSN", "=(?:FULL|HDRS)"),  # RFC 3461 section 4.3
+    "ENVID": ("DSN", f"={_PRINTABLE_XTEXT}"),  # RFC 3461 section 4.4
+}
+RCPT_PARAMETERS: Parameters = {
+    # RFC 3461 section 4.1
+    "NOTIFY": ("DSN", "=(?:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)"),
+    # RFC 3461 section 4.2
+    "ORCPT": ("DSN", f"=(?:utf-8;{_UTF8_ADDRESS}|(?!utf-8;)[a-z0-9-]+;{_PRINTABLE_XTEXT})"),
+}
+
+
+def parse_parameters(text: str, known: Parameters, extensions: Sequence[str]) -> dict[str, str]:
+    """Mail-parameters / Rcpt-parameters = esmtp-param *(SP esmtp-param)
+
+    known is MAIL_PARAMETERS or RCPT_PARAMETERS, and extensions are those that the server
+    offers. Returns {keyword in upper case: value}; the value is "" for a keyword without one.
+    Raises SMTPError 555 for an unknown keyword (RFC 5321 section 4.1.1.11) and 501 for an
+    invalid value or a duplicate keyword.
+    """
+    parameters: dict[str, str] = {}
+    for parameter in filter(None, text.split(" ")):
+        keyword, equals, value = parameter.partition("=")
+        # str.upper() converts some letters outside ASCII to ASCII letters.
+        keyword = keyword.upper() if keyword.isascii() else ""
+        extension, pattern = known.get(keyword, ("", ""))
+        if extension not in extensions:
+            raise SMTPError(555, "5.5.4", "Unknown parameter")
+        if keyword in parameters:
+            raise SMTPError(501, "5.5.4", f"Duplicate parameter {keyword}")
+        if not re.fullmatch(pattern, equals + value, re.IGNORECASE):
+            raise SMTPError(501, "5.5.4", f"Invalid value for parameter {keyword}")
+        parameters[keyword] = value
+    return parameters
+
+
+def parse_mailbox(text: str, status: str) -> str:
+    """[ A-d-l ":" ] Mailbox, or a Local-part alone, such as Postmaster
+
+    Returns the address without the source route (RFC 5321 appendix C). Raises SMTPError
+    501 with the given enhanced status code, or with 5.5.2 if the text is not valid UTF-8.
+    """
+    if not text.isascii() and re.search("[\udc80-\udcff]", text):
+        raise SMTPError(501, "5.5.2", "Address is not valid UTF-8")
+    match = _PATH.fullmatch(text)
+    if match is None or (match["ipv6"] and not _is_ipv6_address(match["ipv6"])):
+        raise SMTPError(501, status, "Bad address syntax")
+    return match["mailbox"]
+
+
+def _is_ipv6_address(text: str) -> bool:
+    try:
+        socket.inet_pton(socket.AF_INET6, text)
+    except OSError:
+        return False
+    return True
+
+
+# --- Text for the log ------------------------------------------------------------------
+
+
+def escape_unprintable(text: str) -> str:
+    """Return the text with control characters escaped, so that it is one line of a log."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def format_address(sockname: Any) -> str:
+    """Return the name of a socket as ADDRESS:PORT, with brackets around an IPv6 address.
+
+    sockname is None or empty for a client that has disconnected already.
+    """
+    if not sockname:
+        return "unknown:0"
+    host, port = sockname[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+# --- Failure rules --------------------------------------------------------------------
+
+# What a rule can apply to: the greeting, the commands, and "." for the end of the content.
+RULE_VERBS = (
+    "CONNECT EHLO HELO STARTTLS AUTH MAIL RCPT DATA BDAT . RSET NOOP QUIT VRFY HELP".split()
+)
+
+# What a rule can do
+RuleAction = Reply | Delay | Close
+
+
+@dataclass
+class Rule:
+    """A scripted failure; parse_rule() creates it."""
+
+    text: str
+    """The rule as it was written."""
+    verb: str
+    """One of RULE_VERBS."""
+    pattern: str
+    """A pattern of fnmatch in lower case, for the address of the client (CONNECT), the path
+    (MAIL, RCPT), the decoded subject (.), or the argument of other commands."""
+    remaining: float
+    """How many more times the rule applies."""
+    actions: list[RuleAction]
+    """What to do; [] lets the command proceed. The next rules apply only after a Delay."""
+
+
+# Commands that allow no argument
+_NO_ARGUMENT = {"STARTTLS", "DATA", "RSET", "QUIT"}
+
+_VERB_PATTERN = rf"\s*({'|'.join(map(re.escape, RULE_VERBS))})(?=\s|$)"
+_GLOB_PATTERN = r"\s+(\S+)"
+_COUNT_PATTERN = r"(?:\s+x([1-9][0-9]{0,8})(?=\s|$))?"
+_DELAY_PATTERN = r"delay\s+(?P<delay>[0-9]{1,6}(?:\.[0-9]{1,6})?)"
+_CODE_PATTERN = r"(?P<code>(?P<class>[45])[0-9]{2})"
+_STATUS_PATTERN = r"(?:\s+(?P<status>(?P=class)(?:\.[0-9]{1,3}){2}))?"
+# Not a status code of another class than the code, and not the word drop alone
+_TEXT_PATTERN = r"(?:\s+(?![0-9]\.[0-9])(?!drop\s*$)(?P<text>\S.*?))?"
+_REPLY_PATTERN = rf"{_CODE_PATTERN}{_STATUS_PATTERN}{_TEXT_PATTERN}(?P<drop>\s+drop)?"
+_ACTION_PATTERN = rf"\s+(?:(?P<word>drop|ok)|{_DELAY_PATTERN}|{_REPLY_PATTERN})\s*$"
+
+
+def parse_rule(text: str) -> Rule:
+    """VERB GLOB [ "x" N ] ( CODE [ x.y.z ] [ text ] [ "drop" ] / "delay" SECONDS / "drop" / "ok" )
+
+    Raises ValueError; its text marks the place that does not parse with >>> and <<<.
+    """
+    position = 0
+
+    def error(expected: str) -> ValueError:
+        rest = text[position:].strip() or "nothing"
+        return ValueError(f"rule {text[:position]} >>>{rest}<<< expected {expected}")
+
+    def match_next(pattern: str, expected: str) -> re.Match[str]:
+        nonlocal position
+        match = re.compile(pattern, re.IGNORECASE | re.ASCII).match(text, position)
+        if match is None:
+            raise error(expected)
+        position = match.end()
+        return match
+
+    verb = match_next(_VERB_PATTERN, f"one of {' '.join(RULE_VERBS)}")[1].upper()
+    argument = match_next(_GLOB_PATTERN, "a pattern such as * or *@example.com")
+    pattern = argument[1].lower()
+    if reason := _why_it_never_matches(verb, pattern):
+        position = argument.start()
+        raise error(f"a pattern that can match: {reason}")
+    count = match_next(_COUNT_PATTERN, "a count such as x1")[1]
+    action = match_next(
+        _ACTION_PATTERN,
+        "a code from 400 to 599 [x.y.z of its class] [text], delay SECONDS, drop, or ok",
+    )
+    remaining = int(count) if count else float("inf")
+    return Rule(text, verb, pattern, remaining, _rule_actions(action))
+
+
+def _why_it_never_matches(verb: str, pattern: str) -> str:
+    """Return why the pattern cannot match any command, or "" if it can."""
+    if verb in _NO_ARGUMENT and not fnmatchcase("", pattern):
+        return f"{verb} has no argument (use *); for the subject of a message, use ."
+    if verb == "CONNECT" and re.search("[g-z@]", pattern):
+        return "CONNECT has the address of the client, such as 127.0.0.1"
+    if verb in ("MAIL", "RCPT") and re.match("<|from:|to:", pattern):
+        return f"{verb} has an address without angle brackets"
+    return ""
+
+
+def _rule_actions(match: re.Match[str]) -> list[RuleAction]:
+    if match["delay"]:
+        return [Delay(float(match["delay"]))]
+    if match["word"]:
+        return [Close()] if match["word"].lower() == "drop" else []
+    status = match["status"] or f"{match['class']}.0.0"
+    error = SMTPError(int(match["code"]), status, match["text"] or "Scripted failure")
+    return [error.reply, Close()] if match["drop"] else [error.reply]
+
+
+def rule_text(argument: str) -> str:
+    """Return the text of a command to match: the path of MAIL and RCPT, or the argument."""
+    match = _MAIL_ARGUMENT.fullmatch(argument) or _RCPT_ARGUMENT.fullmatch(argument)
+    return match["path"] if match else argument
+
+
+# The program limits how often it logs this, as it does for warnings.
+RULE_APPLIES = "%s: rule %s"
+
+
+class Rules:
+    """The failure rules of a server. Raises ValueError for a rule that does not parse."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._rules = [parse_rule(text) for text in texts]
+
+    def matching_actions(
+        self, verb: str, get_text: Callable[[], str], peer: str
+    ) -> list[RuleAction]:
+        """Return the actions of the rules that match: delays, then a Reply, Close, or both.
+
+        get_text() returns the text to match with the patterns; it is called only if there is a
+        rule for the verb, because decoding a subject is slow. peer is for the log.
+        """
+        actions: list[RuleAction] = []
+        for rule in self._rules:
+            if rule.verb != verb or not rule.remaining:
+                continue
+            if not fnmatchcase(get_text().lower(), rule.pattern):
+                continue
+            rule.remaining -= 1
+            log.info(RULE_APPLIES, peer, rule.text)
+            actions += rule.actions
+            if not any(isinstance(action, Delay) for action in rule.actions):
+                break
+        return actions
+
+
+# --- Messages -------------------------------------------------------------------------
+
+# Octets of the content in which the Subject field is searched.
+SUBJECT_SEARCH_SIZE = 65_536
+
+# Characters of a MIME header field that are parsed; the parser is slow for long ones.
+MAX_MIME_FIELD_LENGTH = 500
+
+# Characters of adjacent encoded-words that are decoded; the decoder is slow for long ones.
+MAX_ENCODED_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A part of a message that is not its text, such as a file or an image."""
+
+    name: str
+    """The file name, or ""."""
+    type: str
+    """The media type, such as "application/pdf"."""
+    content: bytes
+    """The decoded content."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A message with the data of its SMTP session."""
+
+    peer: str
+    """Address and port of the client, such as "127.0.0.1:54321" or "[::1]:54321"."""
+    helo: str
+    """The argument of EHLO or HELO."""
+    protocol: str
+    """SMTP, ESMTP, UTF8SMTP and so on (RFC 3848, RFC 6531 section 4.3)."""
+    tls: bool
+    """Whether the message was sent over TLS."""
+    user: str | None
+    """The user name of the login, or None."""
+    mail_from: str
+    """The reverse-path without angle brackets; "" is the null reverse-path."""
+    mail_options: dict[str, str]
+    """The parameters of MAIL: {keyword in upper case: value, or ""}."""
+    rcpt_tos: list[str]
+    """The forward-paths without angle brackets, in the order of the RCPT commands."""
+    rcpt_options: list[dict[str, str]]
+    """The parameters of RCPT: one dictionary for each of rcpt_tos."""
+    content: bytes
+    """The content as sent: line ends are CRLF, and dot-stuffing is undone."""
+    received: datetime
+    """When the end of the content arrived, with a time zone."""
+    warnings: list[str] = field(default_factory=list)
+    """What real servers object to, each as "name: description (RFC section)"."""
+    path: Path | None = None
+    """The file in the Maildir, if the message is stored."""
+
+    @cached_property
+    def email(self) -> email.message.EmailMessage:
+        """The parsed content. Header fields that do not parse are their text as sent."""
+        import email.parser
+
+        parser = email.parser.BytesParser(policy=_lenient_policy())
+        try:
+            message = parser.parsebytes(self.content)
+        except RecursionError:  # parts nested too deeply: do not parse the body
+            message = parser.parsebytes(self.content, headersonly=True)
+        assert isinstance(message, email.message.EmailMessage)
+        return message
+
+    @cached_property
+    def subject(self) -> str:
+        """The decoded Subject field as one line; "" if there is none."""
+        match = re.match(_SUBJECT_FIELD, self.content[:SUBJECT_SEARCH_SIZE])
+        body = match["body"].decode("utf-8", "replace") if match else ""
+        return _one_line(re.sub(_ENCODED_WORDS, _decode_words, " ".join(body.split())))
+
+    @cached_property
+    def text(self) -> str:
+        """The first text/plain part that is not an attachment, decoded; "" if there is none."""
+        return _decode_first_part(self.email, "text/plain")
+
+    @cached_property
+    def html(self) -> str:
+        """The first text/html part that is not an attachment, decoded; "" if there is none."""
+        return _decode_first_part(self.email, "text/html")
+
+    @cached_property
+    def links(self) -> list[str]:
+        """The URLs in the text and the HTML in the order of appearance, without repeats."""
+        _, urls = parse_html(self.html)
+        return list(dict.fromkeys([*find_urls(self.text), *urls]))
+
+    @cached_property
+    def attachments(self) -> list[Attachment]:
+        """The parts that are not text of the message."""
+        return [
+            Attachment(_file_name(part), part.get_content_type(), _decode_payload(part))
+            for part in _leaf_parts(self.email)
+            if not _is_text(part)
+        ]
+
+    def summary(self) -> str:
+        """Return sender, recipients and subject as one line for the log."""
+        rcpt_tos = ", ".join(self.rcpt_tos)
+        return escape_unprintable(f"{self.mail_from} -> {rcpt_tos} [{self.subject}]")
+
+
+# The first Subject field of the header section, with its folded lines.
+_SUBJECT_FIELD = (
+    rb"(?i)(?:(?!\r?\n|subject[ \t]*:)[^\n]+\n)*subject[ \t]*:(?P<body>[^\n]*(?:\n[ \t]+[^\n]*)*)"
+)
+
+# encoded-word = "=?" charset "?" encoding "?" encoded-text "?=" (RFC 2047 section 2)
+_ENCODED_WORD = r"=\?[!->@-~]+\?[bq]\?[!->@-~]*\?="
+# White space between adjacent encoded-words is not part of the text (RFC 2047 section 6.2).
+_ENCODED_WORDS = f"(?i){_ENCODED_WORD}(?: {_ENCODED_WORD})*"
+
+
+def _decode_words(match: re.Match[str]) -> str:
+    if len(match[0]) <= MAX_ENCODED_LENGTH:
+        with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
+            return str(email.header.make_header(email.header.decode_header(match[0])))
+    return match[0]
+
+
+def _one_line(text: str) -> str:
+    """Return the text as one line; surrogates, which cannot be encoded, become "?"."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
+@lru_cache
+def _lenient_policy() -> email.policy.EmailPolicy:
+    import email.policy  # only for this, because it imports most of the email package
+
+    class LenientPolicy(email.policy.EmailPolicy):
+        """The default policy, but header fields that do not parse are plain text."""
+
+        def header_fetch_parse(self, name: str, value: str) -> Any:
+            if name.lower().startswith("content-"):
+                value = value[:MAX_MIME_FIELD_LENGTH]
+            try:
+                return super().header_fetch_parse(name, value)
+            except Exception:  # the parser raises many kinds of errors
+                return _one_line(value)
+
+    return LenientPolicy()
+
+
+def _leaf_parts(message: email.message.Message) -> Iterator[email.message.Message]:
+    """Yield the parts of a message in their order. An attached message is one part."""
+    stack = [message]
+    while stack:
+        part = stack.pop()
+        if part.is_multipart() and part.get_content_maintype() == "multipart":
+            parts: Any = part.get_payload()
+            stack.extend(reversed(parts))
+        else:
+            yield part
+
+
+def _is_text(part: email.message.Message) -> bool:
+    is_file = part.get_content_disposition() == "attachment" or _file_name(part)
+    return part.get_content_maintype() == "text" and not is_file
+
+
+def _file_name(part: email.message.Message) -> str:
+    with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
+        return " ".join((part.get_filename() or "").split())
+    return ""
+
+
+def _decode_payload(part: email.message.Message) -> bytes:
+    with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
+        if part.is_multipart():  # an attached message
+            return part.as_bytes().partition(b"\n\n")[2]
+        return bytes(part.get_payload(decode=True) or b"")
+    return b""
+
+
+def _decode_first_part(message: email.message.Message, content_type: str) -> str:
+    for part in _leaf_parts(message):
+        if part.get_content_type() == content_type and _is_text(part):
+            return _decode_text(part).replace("\r\n", "\n")
+    return ""
+
+
+def _decode_text(part: email.message.Message) -> str:
+    data = _decode_payload(part)
+    with contextlib.suppress(Exception):  # an unknown charset, or a failure of its decoder
+        charset = codecs.lookup(str(part.get_content_charset("utf-8"))).name
+        if charset not in ("idna", "punycode"):  # they take quadratic time
+            return data.decode(charset, "replace")
+    return data.decode("utf-8", "replace")
+
+
+_URL = re.compile(r"https?://[^\s<>\"'\x00-\x1f]+", re.IGNORECASE)
+
+
+def find_urls(text: str) -> list[str]:
+    """Return the http and https URLs in a text, without trailing punctuation."""
+    # A closing parenthesis may belong to a URL with an opening one.
+    return [url.rstrip(".,:;!?*]" if "(" in url else ".,:;!?*])") for url in _URL.findall(text)]
+
+
+# A comment, an element whose content is not text, or a tag. There is only one way to match
+# each part of a tag, so that the time is linear.
+_MARKUP = re.compile(
+    r"<!--.*?(?:-->|\Z)"
+    r"|<(script|style|title)\b.*?(?:</\1\s*>|\Z)"
+    r"""|<[/!?a-z][^<>"']*(?:(?:"[^"]*"|'[^']*')[^<>"']*)*>""",
+    re.IGNORECASE | re.DOTALL,
+)
+_TAG_NAME = re.compile(r"<(/?[a-z][a-z0-9]*)", re.IGNORECASE)
+_HREF = re.compile(r"""\shref\s*=\s*("[^"]*"|'[^']*'|[^\s>"']+)""", re.IGNORECASE)
+# Elements that begin or end a line
+_LINE_ELEMENTS = "br dd div dt h1 h2 h3 h4 h5 h6 hr li ol p pre table tr ul".split()
+
+
+def _unescape(text: str) -> str:
+    """Decode the entities of HTML; those with numbers that html.unescape() refuses are dropped."""
+    return html.unescape(re.sub(r"&#[0-9]{50,};?", "", text))
+
+
+def parse_html(document: str) -> tuple[str, list[str]]:
+    """Return the text of an HTML document, and the URLs in it.
+
+    After the text of a link, its URL is added in angle brackets, unless the text ends with it.
+    """
+    text: list[str] = []
+    urls: list[str] = []
+    url = ""
+    position = 0
+
+    def add_text(fragment: str) -> None:
+        text.append(re.sub(r"\s+", " ", _unescape(fragment)))
+        urls.extend(find_urls(text[-1]))
+
+    for markup in _MARKUP.finditer(document):
+        add_text(document[position : markup.start()])
+        position = markup.end()
+        tag = _TAG_NAME.match(markup[0])
+        name = tag[1].lower() if tag else ""
+        if name == "a":
+            url = _link_url(markup[0])
+            if url:
+                urls.append(url)
+        elif name == "/a" and url:
+            if url not in text[-1]:
+                text.append(f" <{url}>")
+            url = ""
+        elif name.lstrip("/") in _LINE_ELEMENTS:
+            text.append("\n")
+    add_text(document[position:])
+    lines = [line.strip() for line in "".join(text).split("\n")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), urls
+
+
+def _link_url(tag: str) -> str:
+    """Return the absolute URL of a link, or ""."""
+    match = _HREF.search(tag)
+    url = _unescape(match[1].strip("\"'")).strip() if match else ""
+    return url if re.match(r"[a-z][a-z0-9+.-]*://", url, re.IGNORECASE) else ""
+
+
+_EMPTY_LINE = re.compile(rb"\n\r?\n")
+
+
+def header_section(content: bytes) -> bytes:
+    """Return the content up to the first empty line."""
+    if content.startswith((b"\n", b"\r\n")):
+        return b""
+    match = _EMPTY_LINE.search(content)
+    return content[: match.start()] if match else content
+
+
+def is_binary(mail_options: Mapping[str, str]) -> bool:
+    """Return whether MAIL had BODY=BINARYMIME: the content need not be lines (RFC 3030)."""
+    return mail_options.get("BODY", "").upper() == "BINARYMIME"
+
+
+# --- Lint -----------------------------------------------------------------------------
+
+# Octets of the content in which the lint searches for the header fields.
+FIELDS_SEARCH_SIZE = 1_048_576
+
+
+# {name of a warning: its text}
+WARNINGS = {
+    "bare-lf": "LF without CR {} (RFC 5321 section 2.3.8)",
+    "bare-cr": "CR without LF in the content (RFC 5321 section 2.3.8)",
+    "long-line": "a line of over 998 octets (RFC 5322 section 2.1.1)",
+    "utf8-header": "the header needs SMTPUTF8 (RFC 6531 section 3.4)",
+    "bcc-header": "a Bcc field is visible to all recipients (RFC 5322 section 3.6.3)",
+    "missing-date": "no Date field (RFC 5322 section 3.6.1)",
+    "missing-from": "no From field (RFC 5322 section 3.6.2)",
+    "missing-message-id": "no Message-ID field (RFC 5322 section 3.6.4)",
+    "duplicate-field": "more than one {} field (RFC 5322 section 3.6)",
+    "address-syntax": "an underscore in a domain (RFC 5321 section 4.1.2)",
+    "plaintext-auth": "a login without TLS (RFC 4954 section 4)",
+    "early-talker": "data was sent before {} (RFC 2920 section 3.1)",
+}
+
+# RFC 5322 section 3.6
+_REQUIRED_FIELDS = {
+    b"date": "missing-date",
+    b"from": "missing-from",
+    b"message-id": "missing-message-id",
+}
+_UNIQUE_FIELDS = (
+    "Date From Sender Reply-To To Cc Bcc Message-ID In-Reply-To References Subject".split()
+)
+# ".*" skips the rest of the line, which would otherwise be searched as well.
+_FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:.*", re.MULTILINE)
+
+# RFC 5322 section 2.1.1, without the line end
+_MAX_LINE_LENGTH = 998
+
+
+def warning(name: str, detail: str = "") -> str:
+    """Return the text of a warning: "name: description (RFC section)"."""
+    return f"{name}: {WARNINGS[name].format(detail)}"
+
+
+def lint(content: bytes, mail_options: Mapping[str, str]) -> list[str]:
+    """Return what real servers object to in a message, each as the text of a warning.
+
+    The content is searched as a whole, without splitting it into lines.
+    """
+    warnings = [] if is_binary(mail_options) else _lint_lines(content)
+    header = header_section(content)
+    if "SMTPUTF8" not in mail_options and not header.isascii():
+        warnings.append(warning("utf8-header"))
+    return warnings + _lint_fields(header[:FIELDS_SEARCH_SIZE])
+
+
+def _lint_lines(content: bytes) -> list[str]:
+    warnings = []
+    line_ends = content.count(b"\r\n")
+    if content.count(b"\n") > line_ends:
+        warnings.append(warning("bare-lf", "in the content"))
+    if content.count(b"\r") > line_ends:
+        warnings.append(warning("bare-cr"))
+    if _has_long_line(content):
+        warnings.append(warning("long-line"))
+    return warnings
+
+
+def _has_long_line(content: bytes) -> bool:
+    """Return whether a line has over 998 octets.
+
+    Each search goes backwards from where the longest valid line would end, and so skips the
+    shorter lines before that.
+    """
+    start = 0
+    while start + _MAX_LINE_LENGTH < len(content):
+        end = content.rfind(b"\n", start, start + _MAX_LINE_LENGTH + len("\r\n"))
+        if end < 0:
+            return True
+        start = end + 1
+    return False
+
+
+def _lint_fields(header: bytes) -> list[str]:
+    """Return the warnings about the names of the header fields."""
+    names = _FIELD_NAME.findall(header.lower())
+    distinct = set(names)
+    warnings = [warning(name) for key, name in _REQUIRED_FIELDS.items() if key not in distinct]
+    if len(names) > len(distinct):
+        warnings += [
+            warning("duplicate-field", name)
+            for name in _UNIQUE_FIELDS
+            if names.count(name.lower().encode()) > 1
+        ]
+    if b"bcc" in distinct:
+        warnings.append(warning("bcc-header"))
+    return warnings
+
+
 # --- Storage --------------------------------------------------------------------------
+
+# Seconds after which a file in the tmp of a Maildir is a leftover (maildir(5)).
+LEFTOVER_AGE = 36 * 60 * 60
+
 
 # Characters of a folded header line. Each has up to four octets in UTF-8, so that a line has
 # fewer than the 998 octets of RFC 5322 section 2.1.1.
@@ -2069,6 +2017,16 @@ def _write_file(path: str, *parts: bytes) -> None:
 
 
 # --- Connection -----------------------------------------------------------------------
+
+# Seconds without a byte from the client. RFC 5321 section 4.5.3.2.7 requires five minutes.
+IDLE_TIMEOUT = 300.0
+
+# Maximum bytes of one read from a client.
+READ_SIZE = 65_536
+
+# Bytes of the replies to pipelined commands that are written together; after that, the other
+# sessions have their turn.
+WRITE_SIZE = 4096
 
 
 class Connection:
@@ -2314,140 +2272,21 @@ def _handshake_failure(error: OSError) -> str:
     )
 
 
-# --- Sockets and certificates ---------------------------------------------------------
-
-
-def client_host(host: str) -> str:
-    """Return the address for clients on this machine of a server that listens on host."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def limit_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
-    """Make an event loop log one line a second while there are too many open files.
-
-    asyncio reports the error for each place in the backlog, and accepts again after a second.
-    """
-    next_time = 0.0
-
-    def on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal next_time
-        error = context.get("exception")
-        if isinstance(error, ValueError) and "Invalid file descriptor" in str(error):
-            return  # the server was closed before asyncio accepts again
-        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
-            loop.default_exception_handler(context)
-        elif loop.time() >= next_time:
-            next_time = loop.time() + 1
-            log.error("Cannot accept connections: %s; trying again", error.strerror)
-
-    loop.set_exception_handler(on_error)
-
-
-def listen(config: Config) -> list[socket.socket]:
-    """Return a listening socket for each address of config.interface, all on one port.
-
-    Raises OSError if it cannot listen there, and ValueError for an invalid host name.
-    """
-    found = socket.getaddrinfo(config.interface, config.port, type=socket.SOCK_STREAM)
-    addresses = dict.fromkeys((family, name) for family, _, _, _, name in found)  # each one once
-    attempts = 1 if config.port else 20
-    while True:
-        try:
-            return _bind(addresses, config.reuse_port)
-        except OSError as error:
-            # The free port of the first address may be in use on the second one.
-            attempts -= 1
-            if not attempts or error.errno != errno.EADDRINUSE:
-                raise
-
-
-def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket.socket]:
-    """Return a listening socket for each address whose family this machine supports."""
-    sockets: list[socket.socket] = []
-    errors: list[OSError] = []
-    for family, (host, port, *scope) in addresses:
-        if sockets:
-            port = sockets[0].getsockname()[1]
-        address = (host, port, *scope)
-        try:
-            sockets.append(socket.create_server(address, family=family, reuse_port=reuse_port))
-        except OSError as error:
-            errors.append(error)
-    unsupported = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-    failures = [error for error in errors if error.errno not in unsupported]
-    if failures or not sockets:
-        for sock in sockets:
-            sock.close()
-        raise (failures or errors)[0]
-    return sockets
-
-
-def _stop_listening(sock: socket.socket) -> None:
-    """Free the port, even if a forked process has a copy of the socket."""
-    with contextlib.suppress(OSError):  # only Linux can do it
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-def make_tls_context(
-    cert: str | os.PathLike[str], key: str | os.PathLike[str] | None = None
-) -> ssl.SSLContext:
-    """Return a TLS context with this certificate.
-
-    Raises ValueError; its text names the file and what is wrong with it.
-    """
-    import ssl
-
-    def refuse_passphrase() -> str:  # without it, OpenSSL asks for one on the terminal
-        raise ValueError("the key is encrypted; use a key without a passphrase")
-
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.num_tickets = 0  # libesmtp 1.1 hangs after session tickets of TLS 1.3
-    files = f"certificate {os.fspath(cert)}"
-    if key is not None:
-        files += f" with key {os.fspath(key)}"
-    try:
-        for path in (cert, key or cert):
-            # The errors of load_cert_chain() do not name the file.
-            with open(path, "rb"):
-                pass
-        context.load_cert_chain(cert, key, refuse_passphrase)
-    except ssl.SSLError as error:
-        reason = (error.reason or "PEM").replace("_", " ").lower()
-        if "pem" in reason:
-            reason = "not a certificate and its private key in PEM format"
-        raise ValueError(f"cannot use {files}: {reason}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot use {files}: {error}") from error
-    return context
-
-
-# Works with OpenSSL 1.1.1 and LibreSSL 3.1 or newer.
-OPENSSL_COMMAND = (
-    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30"
-    " -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1"
-    " -keyout key.pem -out cert.pem"
-)
-
-
-def make_certificate(directory: str) -> tuple[str, str]:
-    """Create a self-signed certificate for localhost; return its file and that of its key.
-
-    Raises ValueError if the openssl program fails or is missing.
-    """
-    import subprocess
-
-    try:
-        subprocess.run(OPENSSL_COMMAND.split(), cwd=directory, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(
-            f"cannot create a certificate ({error}); create one on a machine with OpenSSL,"
-            f" by '{OPENSSL_COMMAND}', and use --cert cert.pem --key key.pem"
-        ) from error
-    return f"{directory}/cert.pem", f"{directory}/key.pem"
-
-
 # --- Server ---------------------------------------------------------------------------
+
+# Sessions at the same time, so that a loop in a client cannot exhaust the machine.
+MAX_CONNECTIONS = 1000
+
+# Seconds that clients have to read the last reply when the server stops.
+STOP_TIMEOUT = 0.5
+
+# Seconds that Server.close() waits before it stops listening: asyncio would leave connections
+# open that it has accepted but not yet passed to the server.
+ACCEPT_GRACE = 0.001
+
+# Seconds after which storing a message counts as slow, and the messages that wait for it get
+# threads of their own.
+SLOW_DELIVERY = 0.01
 
 
 # Called with each message: a plain function, or one that returns an awaitable.
@@ -2786,7 +2625,147 @@ def _handler_result(outcome: concurrent.futures.Future[object] | asyncio.Future[
         raise RuntimeError("The handler failed") from error
 
 
+# --- Sockets and certificates ---------------------------------------------------------
+
+
+def client_host(host: str) -> str:
+    """Return the address for clients on this machine of a server that listens on host."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def limit_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
+    """Make an event loop log one line a second while there are too many open files.
+
+    asyncio reports the error for each place in the backlog, and accepts again after a second.
+    """
+    next_time = 0.0
+
+    def on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal next_time
+        error = context.get("exception")
+        if isinstance(error, ValueError) and "Invalid file descriptor" in str(error):
+            return  # the server was closed before asyncio accepts again
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() >= next_time:
+            next_time = loop.time() + 1
+            log.error("Cannot accept connections: %s; trying again", error.strerror)
+
+    loop.set_exception_handler(on_error)
+
+
+def listen(config: Config) -> list[socket.socket]:
+    """Return a listening socket for each address of config.interface, all on one port.
+
+    Raises OSError if it cannot listen there, and ValueError for an invalid host name.
+    """
+    found = socket.getaddrinfo(config.interface, config.port, type=socket.SOCK_STREAM)
+    addresses = dict.fromkeys((family, name) for family, _, _, _, name in found)  # each one once
+    attempts = 1 if config.port else 20
+    while True:
+        try:
+            return _bind(addresses, config.reuse_port)
+        except OSError as error:
+            # The free port of the first address may be in use on the second one.
+            attempts -= 1
+            if not attempts or error.errno != errno.EADDRINUSE:
+                raise
+
+
+def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket.socket]:
+    """Return a listening socket for each address whose family this machine supports."""
+    sockets: list[socket.socket] = []
+    errors: list[OSError] = []
+    for family, (host, port, *scope) in addresses:
+        if sockets:
+            port = sockets[0].getsockname()[1]
+        address = (host, port, *scope)
+        try:
+            sockets.append(socket.create_server(address, family=family, reuse_port=reuse_port))
+        except OSError as error:
+            errors.append(error)
+    unsupported = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    failures = [error for error in errors if error.errno not in unsupported]
+    if failures or not sockets:
+        for sock in sockets:
+            sock.close()
+        raise (failures or errors)[0]
+    return sockets
+
+
+def _stop_listening(sock: socket.socket) -> None:
+    """Free the port, even if a forked process has a copy of the socket."""
+    with contextlib.suppress(OSError):  # only Linux can do it
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def make_tls_context(
+    cert: str | os.PathLike[str], key: str | os.PathLike[str] | None = None
+) -> ssl.SSLContext:
+    """Return a TLS context with this certificate.
+
+    Raises ValueError; its text names the file and what is wrong with it.
+    """
+    import ssl
+
+    def refuse_passphrase() -> str:  # without it, OpenSSL asks for one on the terminal
+        raise ValueError("the key is encrypted; use a key without a passphrase")
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.num_tickets = 0  # libesmtp 1.1 hangs after session tickets of TLS 1.3
+    files = f"certificate {os.fspath(cert)}"
+    if key is not None:
+        files += f" with key {os.fspath(key)}"
+    try:
+        for path in (cert, key or cert):
+            # The errors of load_cert_chain() do not name the file.
+            with open(path, "rb"):
+                pass
+        context.load_cert_chain(cert, key, refuse_passphrase)
+    except ssl.SSLError as error:
+        reason = (error.reason or "PEM").replace("_", " ").lower()
+        if "pem" in reason:
+            reason = "not a certificate and its private key in PEM format"
+        raise ValueError(f"cannot use {files}: {reason}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot use {files}: {error}") from error
+    return context
+
+
+# Works with OpenSSL 1.1.1 and LibreSSL 3.1 or newer.
+OPENSSL_COMMAND = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 30"
+    " -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1"
+    " -keyout key.pem -out cert.pem"
+)
+
+
+def make_certificate(directory: str) -> tuple[str, str]:
+    """Create a self-signed certificate for localhost; return its file and that of its key.
+
+    Raises ValueError if the openssl program fails or is missing.
+    """
+    import subprocess
+
+    try:
+        subprocess.run(OPENSSL_COMMAND.split(), cwd=directory, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(
+            f"cannot create a certificate ({error}); create one on a machine with OpenSSL,"
+            f" by '{OPENSSL_COMMAND}', and use --cert cert.pem --key key.pem"
+        ) from error
+    return f"{directory}/cert.pem", f"{directory}/key.pem"
+
+
 # --- Testing --------------------------------------------------------------------------
+
+# Seconds after its last message that a client has to send QUIT when the block of capture() ends.
+QUIT_GRACE = 0.1
+
+# Seconds that a handler has to return when the block of capture() ends, or when the program stops
+# because of --expect, --timeout or the end of the command.
+HANDLER_TIMEOUT = 10.0
 
 
 class Inbox:
@@ -2980,6 +2959,26 @@ def pytest_configure(config: Any) -> None:
 
 
 # --- Command line ---------------------------------------------------------------------
+
+# Warnings of one kind that the program logs per minute, so that a client in a loop cannot fill
+# the disk.
+MAX_LOGGED_WARNINGS = 100
+
+# Seconds after which a delivery, and the end of the program, no longer wait for an output that
+# nobody reads.
+OUTPUT_TIMEOUT = 2.0
+
+# Characters that are written to an output at a time, to see whether somebody reads it.
+OUTPUT_SIZE = 65_536
+
+# Octets of messages and events that may wait for an output that nobody reads.
+MAX_WAITING_OUTPUT = 64 * 1024 * 1024
+
+# Characters of each part of a message that --print shows.
+MAX_PRINTED_LENGTH = 100_000
+
+# Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
+KILL_TIMEOUT = 5.0
 
 
 _HELP = f"""\
