@@ -5,12 +5,33 @@ Usage::
     python dsmtpd.py -p 1025 -d mail
 
 It is meant for development and CI: each message that an application sends becomes a file in
-mail/new/.
+mail/new/. Copyright the dsmtpd authors. SPDX-License-Identifier: BSD-3-Clause
 
 It implements RFC 5321 (SMTP), RFC 1870 (SIZE), RFC 6152 (8BITMIME), RFC 6531 (SMTPUTF8),
 RFC 2920 (PIPELINING), RFC 2034 and RFC 3463 (ENHANCEDSTATUSCODES), RFC 3461 (DSN),
 RFC 3030 (CHUNKING), RFC 3207 (STARTTLS), RFC 4954 (AUTH: PLAIN, LOGIN, XOAUTH2).
-Where these leave a choice, it does what Postfix does.
+
+The sections of this file:
+
+Configuration        the options of a server
+Replies and actions  what a session tells its connection to do
+Session              the SMTP dialogue, without I/O
+Grammar              addresses, parameters and arguments of commands
+Failure rules        commands that fail on purpose
+Messages             an envelope, and what is decoded from its content
+Pages                a message as an HTML page
+Lint                 what other servers object to
+Storage              the Maildir
+Connection           one client
+Server               listening sockets, all clients, deliveries
+Testing              capture() and the pytest plug-in
+Command line         the program
+
+The bytes of a client go from its Connection to its Session, which returns replies and, at the end
+of a message, the action Deliver with an Envelope. The Server stores it in the Maildir and calls
+the handler; then the session replies.
+
+PYTEST_DONT_REWRITE: pytest would warn of a plug-in that conftest.py has already imported.
 """
 
 from __future__ import annotations
@@ -1057,15 +1078,15 @@ class SessionLog:
     def _refuse(self, reply: Reply, time: datetime) -> None:
         if self._message is not None:
             verb, argument = ".", self._message.summary()
-            subject = f"message {argument}"
         else:
-            subject = self._masked(self._command)
-            verb, _, argument = subject.partition(" ")
+            line = self._masked(self._command)
+            verb, _, argument = line.partition(" ")
             verb = verb.upper()
             if not (verb.isascii() and verb.isalpha()):
-                verb, argument = "", subject
+                verb, argument = "", line
+        command = f"{'message' if verb == '.' else verb} {argument}".strip() or "empty line"
         text = escape_unprintable(str(reply)) + self.detail
-        log.warning("%s: %s refused: %s", self._peer, subject or "empty line", text)
+        log.warning("%s: %s refused: %s", self._peer, command, text)
         if self._on_refusal is not None:
             try:
                 self._on_refusal(Refusal(time, self._peer, verb, argument, reply))
@@ -2171,6 +2192,10 @@ MAX_CONNECTIONS = 1000
 # Seconds that clients have to read the last reply when the server stops.
 STOP_TIMEOUT = 0.5
 
+# Seconds before the server stops listening: asyncio would leave connections open that it has
+# accepted but not yet passed to the server.
+ACCEPT_GRACE = 0.001
+
 # Called with each message: a plain function, or one that returns an awaitable.
 Handler = Callable[[Envelope], object]
 
@@ -2212,6 +2237,7 @@ class Server:
         self.addresses: list[tuple[str, int]] = []
         self.maildir: Maildir | None = None
         self.cafile: str | None = None
+        self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._on_refusal = on_refusal
         self._rules = Rules(self.config.fail)
@@ -2219,6 +2245,8 @@ class Server:
         self._tls_context: ssl.SSLContext | None = None
         self._listening = contextlib.ExitStack()  # closes the listening sockets
         self._cleanup = contextlib.ExitStack()  # removes the certificate, ends the thread
+        self.clients = 0
+        """How many clients have connected so far."""
         self._max_connections = _max_connections()
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._started = False
@@ -2293,20 +2321,21 @@ class Server:
         Before that, the clients that were active in the last quit_timeout seconds have as much
         time to send QUIT.
         """
-        recently = asyncio.get_running_loop().time() - quit_timeout
-        await _wait_for_tasks(
+        loop = asyncio.get_running_loop()
+        recently = loop.time() - quit_timeout
+        await _wait(
             [task for task, client in self._connections.items() if client.last_activity > recently],
             quit_timeout,
         )
-        await asyncio.sleep(0)
+        await _wait([loop.create_future()], ACCEPT_GRACE)
         self._listening.close()
         for connection in self._connections.values():
             connection.interrupt(SHUTTING_DOWN)
-        await _wait_for_tasks(self._connections, STOP_TIMEOUT)
+        await _wait(self._connections, STOP_TIMEOUT)
         while self._connections:  # abort() does not end a delivery
             for connection in self._connections.values():
                 connection.abort()
-            await _wait_for_tasks(self._connections, STOP_TIMEOUT)
+            await _wait(self._connections, STOP_TIMEOUT)
         self._cleanup.close()
         self._closed.set()
 
@@ -2320,6 +2349,7 @@ class Server:
     async def _serve_client(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        self.clients += 1
         peer = format_address(writer.get_extra_info("peername"))
         session = Session(self.config, peer, self._rules, self._on_refusal)
         if len(self._connections) >= self._max_connections:
@@ -2343,7 +2373,7 @@ class Server:
             if self._storage is not None:
                 envelope = replace(envelope, path=await self._storage.store(envelope))
             if self.handler is not None:
-                await _call_handler(self.handler, envelope)
+                await self._call_handler(self.handler, envelope)
         except SMTPError as error:
             return error.reply
         except (asyncio.CancelledError, KeyboardInterrupt):  # the event loop ends
@@ -2361,34 +2391,32 @@ class Server:
             log.info("%s: %s", envelope.peer, envelope.summary())
         return MESSAGE_ACCEPTED
 
+    async def _call_handler(self, handler: Handler, envelope: Envelope) -> None:
+        """Call an async handler in this task, and a plain one in a thread of its own.
 
-async def _call_handler(handler: Handler, envelope: Envelope) -> None:
-    """Call an async handler here, or a plain one in a thread of its own.
-
-    The thread is a daemon, so that a handler that never returns does not keep the program from
-    ending.
-    """
-    if inspect.iscoroutinefunction(handler):
-        result = handler(envelope)
-    else:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        arguments = (future, handler, envelope)
-        threading.Thread(
-            target=set_outcome, args=arguments, name="dsmtpd handler", daemon=True
-        ).start()
-        result = await outcome(future)
-    if inspect.isawaitable(result):
-        await result
+        The thread is a daemon, so that a handler that never returns does not keep the program
+        from ending.
+        """
+        if self._handler_is_async:
+            result = handler(envelope)
+        else:
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            arguments = (future, handler, envelope)
+            threading.Thread(target=set_outcome, args=arguments, daemon=True).start()
+            result = await outcome(future)
+        if inspect.isawaitable(result):
+            await result
 
 
-async def _wait_for_tasks(tasks: Collection[asyncio.Task[None]], timeout: float) -> None:
-    """Wait until the tasks are done, at most timeout seconds.
+async def _wait(futures: Iterable[asyncio.Future[Any]], timeout: float) -> None:
+    """Wait until the futures are done, at most timeout seconds.
 
     A timer of the event loop would never expire in a test that has stopped the clock.
     """
-    if not tasks or not timeout:
+    futures = list(futures)
+    if not futures or not timeout:
         return
-    waiting = asyncio.ensure_future(asyncio.wait(tasks))
+    waiting = asyncio.ensure_future(asyncio.wait(futures))
     loop = asyncio.get_running_loop()
     timer = threading.Timer(timeout, loop.call_soon_threadsafe, [waiting.cancel])
     timer.start()
@@ -2588,9 +2616,10 @@ class Inbox:
         """Return the first message that matches, as soon as it has arrived.
 
         to is one of the recipients, mail_from is the sender, and subject is a part of the
-        decoded subject. Raises TimeoutError after timeout seconds; its text lists the
-        messages that arrived instead.
+        decoded subject. Raises TimeoutError after timeout seconds; its text lists what the
+        server received and refused instead.
         """
+        __tracebackhide__ = True  # pytest shows the call in the test
         (message,) = self.wait_for(1, to=to, mail_from=mail_from, subject=subject, timeout=timeout)
         return message
 
@@ -2604,6 +2633,7 @@ class Inbox:
         timeout: float = 5.0,
     ) -> list[Envelope]:
         """Return the first count messages that match, as wait() does for one."""
+        __tracebackhide__ = True
         criteria = {"to": to, "mail_from": mail_from, "subject": subject}
 
         def matching() -> list[Envelope]:
@@ -2612,14 +2642,42 @@ class Inbox:
         with self._changed:
             self._changed.wait_for(lambda: len(matching()) >= count, timeout)
             found = matching()
-            if len(found) >= count:
-                return found[:count]
-            arrived = [f"\n  {message.summary()}" for message in self._messages] or [" nothing"]
+        if len(found) >= count:
+            return found[:count]
         given = [f"{name} {text!r}" for name, text in criteria.items() if text is not None]
         raise TimeoutError(
             f"{len(found)} of {count} messages{' with ' if given else ''}{', '.join(given)}"
-            f" within {timeout} seconds; what arrived:{''.join(arrived)}"
+            f" within {timeout:g} seconds; {self.report()}"
         )
+
+    async def wait_async(
+        self,
+        *,
+        to: str | None = None,
+        mail_from: str | None = None,
+        subject: str | None = None,
+        timeout: float = 5.0,
+    ) -> Envelope:
+        """Do the same as wait() in a test whose event loop sends the message."""
+        __tracebackhide__ = True
+        return await asyncio.to_thread(
+            self.wait, to=to, mail_from=mail_from, subject=subject, timeout=timeout
+        )
+
+    def report(self) -> str:
+        """Return what the server has received and refused, as lines of text."""
+        lines = []
+        for message in self.messages:
+            lines += [f"received {message.summary()}", *(f"  {text}" for text in message.warnings)]
+        for refusal in self.refused:
+            command = f"{refusal.verb} {refusal.argument}".strip()
+            lines.append(f"refused {command}: {refusal.reply}")
+        if not lines:
+            clients = self._server.clients
+            if clients:
+                return f"nothing arrived from the clients that connected: {clients}"
+            return "nothing arrived, and no client connected"
+        return "\n".join(["the server:", *lines])
 
 
 def _matches(message: Envelope, to: str | None, mail_from: str | None, subject: str | None) -> bool:
@@ -2718,6 +2776,13 @@ def pytest_configure(config: Any) -> None:
                 options.update(marker.kwargs)
             with capture(**options) as inbox:
                 yield inbox
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> None:
+            """Add a section to the report of a failed test: what its server has received."""
+            inbox = item.funcargs.get("smtpd") if isinstance(item, pytest.Function) else None
+            if call.excinfo is not None and isinstance(inbox, Inbox):
+                item.add_report_section(call.when, "smtpd", inbox.report())
 
     config.pluginmanager.register(Fixtures(), "dsmtpd fixtures")
 
