@@ -69,7 +69,6 @@ from collections import Counter
 from collections.abc import (
     Awaitable,
     Callable,
-    Collection,
     Generator,
     Iterable,
     Iterator,
@@ -2192,9 +2191,9 @@ MAX_CONNECTIONS = 1000
 # Seconds that clients have to read the last reply when the server stops.
 STOP_TIMEOUT = 0.5
 
-# Seconds before the server stops listening: asyncio would leave connections open that it has
-# accepted but not yet passed to the server.
-ACCEPT_GRACE = 0.001
+# Iterations of the event loop that asyncio needs to pass an accepted connection to the server,
+# with a reserve. If the listening socket was closed in between, the connection would stay open.
+ACCEPT_ITERATIONS = 10
 
 # Called with each message: a plain function, or one that returns an awaitable.
 Handler = Callable[[Envelope], object]
@@ -2243,6 +2242,7 @@ class Server:
         self._rules = Rules(self.config.fail)
         self._storage: StorageThread | None = None
         self._tls_context: ssl.SSLContext | None = None
+        self._sockets: list[socket.socket] = []
         self._listening = contextlib.ExitStack()  # closes the listening sockets
         self._cleanup = contextlib.ExitStack()  # removes the certificate, ends the thread
         self.clients = 0
@@ -2281,6 +2281,7 @@ class Server:
                 if opened_here:  # others, such as systemd, may go on listening on their sockets
                     self._listening.callback(_stop_listening, sock)
             self._cleanup = cleanup.pop_all()
+        self._sockets = sockets
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
         self.host, self.port = self.addresses[0]
 
@@ -2327,8 +2328,7 @@ class Server:
             [task for task, client in self._connections.items() if client.last_activity > recently],
             quit_timeout,
         )
-        await _wait([loop.create_future()], ACCEPT_GRACE)
-        self._listening.close()
+        await self._stop_listening()
         for connection in self._connections.values():
             connection.interrupt(SHUTTING_DOWN)
         await _wait(self._connections, STOP_TIMEOUT)
@@ -2338,6 +2338,15 @@ class Server:
             await _wait(self._connections, STOP_TIMEOUT)
         self._cleanup.close()
         self._closed.set()
+
+    async def _stop_listening(self) -> None:
+        """Close the listening sockets, after all clients that asyncio has accepted are served."""
+        for sock in self._sockets:
+            with contextlib.suppress(NotImplementedError):  # on Windows
+                asyncio.get_running_loop().remove_reader(sock)  # asyncio accepts no more
+        for _ in range(ACCEPT_ITERATIONS):
+            await asyncio.sleep(0)
+        self._listening.close()
 
     async def __aenter__(self) -> Server:
         await self.start()
