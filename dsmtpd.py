@@ -1381,10 +1381,10 @@ def parse_rule(text: str) -> Rule:
         position = argument.start()
         raise error(f"a pattern that can match: {reason}")
     count = match_next(_COUNT_PATTERN, "a count such as x1")[1]
-    action = match_next(
-        _ACTION_PATTERN,
-        "a code from 400 to 599 [x.y.z of its class] [text], delay SECONDS, drop, or ok",
-    )
+    expected = "a code from 400 to 599 [x.y.z of its class] [text], delay SECONDS, drop, or ok"
+    if re.fullmatch("[45][0-9]{2}|delay|drop|ok", pattern):
+        expected += f"; the pattern is missing, as in {verb} * {pattern}"
+    action = match_next(_ACTION_PATTERN, expected)
     remaining = int(count) if count else float("inf")
     return Rule(text, verb, pattern, remaining, _rule_actions(action))
 
@@ -2727,6 +2727,8 @@ def make_tls_context(
         reason = (error.reason or "PEM").replace("_", " ").lower()
         if "pem" in reason:
             reason = "not a certificate and its private key in PEM format"
+            if key is None:
+                reason += "; --key names the file of the key"
         raise ValueError(f"cannot use {files}: {reason}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot use {files}: {error}") from error

@@ -1598,7 +1598,7 @@ def test_rejecting_greeting() -> None:
         ("RCPT <a@b> 450", "RCPT >>><a@b> 450<<< expected a pattern that can match: RCPT has"),
         ("RCPT", "RCPT >>>nothing<<< expected a pattern"),
         ("RCPT *", "RCPT * >>>nothing<<< expected a code"),
-        ("RCPT 550", "RCPT 550 >>>nothing<<< expected a code"),
+        ("RCPT 550", "; the pattern is missing, as in RCPT * 550"),
         ("RCPT * x0 550", "RCPT * >>>x0 550<<< expected a code"),
         ("RCPT * 250 OK", "RCPT * >>>250 OK<<< expected a code"),
         ("RCPT * 550 4.1.1 text", "RCPT * >>>550 4.1.1 text<<< expected a code"),
@@ -3007,7 +3007,7 @@ def test_generated_certificate(tmp_path: Path) -> None:
         ("cert.pem", "other.pem", "key values mismatch"),
         ("cert.pem", "locked.pem", "the key is encrypted; use a key without a passphrase"),
         ("text.pem", None, "PEM"),
-        ("cert.pem", None, "PEM"),
+        ("cert.pem", None, "in PEM format; --key names the file of the key"),
         ("cert.pem", "text.pem", "PEM"),
     ],
 )
