@@ -2201,21 +2201,18 @@ def test_log_of_control_characters(tmp_path: Path) -> None:
     """Text from a message cannot control the terminal."""
     (tmp_path / "handlers.py").write_text(
         "import dsmtpd\n"
-        "def fail(envelope):\n"
-        "    raise ValueError(envelope.content.decode())\n"
         "def refuse(envelope):\n"
         "    raise dsmtpd.SMTPError(550, '5.0.0', envelope.content.decode())\n"
     )
-    for name in ("fail", "refuse"):
-        options = ["-v", "--handler", f"handlers:{name}"]
-        with process(*options, cwd=tmp_path, last_line="Handing the") as server:
-            with smtplib.SMTP("127.0.0.1", server.port) as client:
-                with pytest.raises(smtplib.SMTPDataError):
-                    client.sendmail("a@b", ["c@d"], "\x1b[31m red \x9b\u202e\nforged".encode())
-            _, text = server.stop()
-        assert all(line.isprintable() for line in text.splitlines())
-        assert "\\x1b[31m red" in text
-        assert "\nforged" not in text
+    options = ["-v", "--handler", "handlers:refuse"]
+    with process(*options, cwd=tmp_path, last_line="Handing the") as server:
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            with pytest.raises(smtplib.SMTPDataError):
+                client.sendmail("a@b", ["c@d"], "\x1b[31m red \x9b\u202e\nforged".encode())
+        _, text = server.stop()
+    assert all(line.isprintable() for line in text.splitlines())
+    assert "\\x1b[31m red" in text
+    assert "\nforged" not in text
 
 
 def test_handler_that_cancels_its_task() -> None:
@@ -3571,7 +3568,6 @@ def test_current_directory_with_other_files(
     text = f"{tmp_path} has other files too; -d DIR selects another directory"
     for has_file in (False, True):
         if has_file:
-            (tmp_path / "new" / ".gitkeep").touch()
             (tmp_path / "new" / "1.2.3").touch()
             (tmp_path / "manage.py").touch()
         caplog.clear()
@@ -4229,27 +4225,6 @@ def test_maildir_that_cannot_be_written(tmp_path: Path) -> None:
         assert completed.returncode == 2
         assert f"Cannot start: cannot write to {directory}: " in completed.stderr
         assert len(completed.stderr.splitlines()) == 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
-def test_too_many_open_files(tmp_path: Path) -> None:
-    """The log has a few lines and no traceback, and the server recovers."""
-    import resource
-
-    with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
-        resource.prlimit(server.popen.pid, resource.RLIMIT_NOFILE, (40, 40))
-        address = ("127.0.0.1", server.port)
-        with contextlib.ExitStack() as stack:
-            for _ in range(60):
-                stack.enter_context(socket.create_connection(address))
-            assert server.popen.stderr is not None
-            assert any("Cannot accept connections" in line for line in server.popen.stderr)
-        with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
-            client.sendmail("a@b", ["c@d"], CLEAN)
-        _, text = server.stop()
-    assert "Traceback" not in text
-    assert text.count("Cannot accept connections") < 10
-    assert len(mailbox.Maildir(tmp_path / "mail")) == 1
 
 
 # --- Options for CI -------------------------------------------------------------------------
