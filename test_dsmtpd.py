@@ -4453,31 +4453,31 @@ def test_signals_with_command(
 @POSIX
 def test_command_at_a_terminal(tmp_path: Path) -> None:
     """Ctrl-C reaches the command, which has the terminal; the server runs until it ends."""
-    import pty
-
     code = (
         "import os, signal, sys\n"
         "def handle(*_):\n"
         f"    sys.argv[1:] = ['1']; exec({SENDER!r}); os._exit(7)\n"
         "signal.signal(signal.SIGINT, handle)\n"
-        "terminal = open('/dev/tty', 'w')\n"
-        "print('ready', file=terminal, flush=True)\n"
+        "print('ready', file=open('/dev/tty', 'w'), flush=True)\n"
         "while True: signal.pause()\n"
     )
-    program = [sys.executable, "-W", "error", str(SCRIPT), "-p", "0", "-d", str(tmp_path / "mail")]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, [*program, "--", sys.executable, "-c", code])
-    with os.fdopen(terminal, "r+b", buffering=0) as file:
-        output = b""
-        while b"ready" not in output:
-            output += file.read(4096)
-        file.write(b"\x03")
-        with contextlib.suppress(OSError):  # the end of the file on Linux
-            while chunk := file.read(4096):
-                output += chunk
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 7, output
+    starter = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    starter += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    program = [sys.executable, "-c", starter, str(SCRIPT), "-p", "0", "-d", str(tmp_path / "mail")]
+    try:
+        terminal, device = os.openpty()
+    except OSError:
+        pytest.skip("needs a pseudo-terminal")
+    with os.fdopen(terminal, "r+b", buffering=0) as file, os.fdopen(device) as device_file:
+        running = subprocess.Popen(
+            [*program, "--", sys.executable, "-c", code], stdin=device_file, start_new_session=True
+        )
+        try:
+            assert file.readline() == b"ready\r\n"
+            file.write(b"\x03")
+            assert running.wait(20) == 7
+        finally:
+            running.kill()
     assert len(mailbox.Maildir(tmp_path / "mail")) == 1
 
 
