@@ -9,7 +9,7 @@ mail/new/.
 
 It implements RFC 5321 (SMTP), RFC 1870 (SIZE), RFC 6152 (8BITMIME), RFC 6531 (SMTPUTF8),
 RFC 2920 (PIPELINING), RFC 2034 and RFC 3463 (ENHANCEDSTATUSCODES), RFC 3461 (DSN),
-RFC 3030 (CHUNKING, BINARYMIME), RFC 3207 (STARTTLS), RFC 4954 (AUTH: PLAIN, LOGIN, XOAUTH2).
+RFC 3030 (CHUNKING), RFC 3207 (STARTTLS), RFC 4954 (AUTH: PLAIN, LOGIN, XOAUTH2).
 Where these leave a choice, it does what Postfix does.
 """
 
@@ -37,22 +37,33 @@ import queue
 import re
 import signal
 import socket
+import ssl
+import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import format_datetime
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import email.policy
-    import ssl
 
     from typing_extensions import TypedDict, Unpack  # never imported at run time
 
@@ -84,8 +95,7 @@ TLS_MODES = ("starttls", "required", "implicit")
 
 # The keywords of the EHLO reply, in its order
 EXTENSIONS = (
-    "SIZE 8BITMIME SMTPUTF8 PIPELINING ENHANCEDSTATUSCODES CHUNKING BINARYMIME DSN HELP"
-    " STARTTLS AUTH".split()
+    "SIZE 8BITMIME SMTPUTF8 PIPELINING ENHANCEDSTATUSCODES CHUNKING DSN HELP STARTTLS AUTH".split()
 )
 
 
@@ -130,32 +140,46 @@ class Config:
     """Whether several servers may listen on the same port and share its clients."""
 
     def __post_init__(self) -> None:
-        self._check_types()
+        self._check_lists()
         object.__setattr__(self, "fail", tuple(self.fail))  # a Config is hashable
         object.__setattr__(self, "ignore", tuple(self.ignore))
         object.__setattr__(self, "without", tuple(word.upper() for word in self.without))
         if not self.interface.strip():
             raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
-        if not 0 <= self.port <= 65_535:
-            raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port}")
-        if self.max_size < 0:
-            raise ValueError(
-                f"max-size: must be a number of bytes, or 0 for no limit, not {self.max_size}"
-            )
+        if not isinstance(self.port, int) or not 0 <= self.port <= 65_535:
+            raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port!r}")
+        if not isinstance(self.max_size, int) or self.max_size < 0:
+            text = "must be a number of bytes, such as 33554432, or 0 for no limit"
+            raise ValueError(f"max-size: {text}, not {self.max_size!r}")
         if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
             raise ValueError("reuse-port: this system cannot share a port")
         for word in self.without:
             if word not in EXTENSIONS:
                 raise ValueError(f"without: must be one of {', '.join(EXTENSIONS)}, not {word}")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        if self.tls == "required" and "STARTTLS" in self.without:
-            raise ValueError("without: tls=required needs STARTTLS")
+        for name in self.ignore:
+            if name not in WARNINGS:
+                raise ValueError(f"ignore: must be one of {', '.join(WARNINGS)}, not {name}")
+        self._check_tls()
         if self.auth and "AUTH" in self.without:
             raise ValueError("without: auth needs AUTH")
+
+    def _check_lists(self) -> None:
+        """Refuse what would be misunderstood: a string is also a sequence of strings."""
+        for name, value in (
+            ("fail", self.fail),
+            ("ignore", self.ignore),
+            ("without", self.without),
+        ):
+            if isinstance(value, str):
+                raise TypeError(f"{name}: must be a list of strings, not {value!r}")
+        if not isinstance(self.auth, Mapping):
+            raise TypeError("auth: must be a dictionary {user: password}")
+
+    def _check_tls(self) -> None:
         if self.tls not in (None, *TLS_MODES):
             raise ValueError(f"tls: must be one of {', '.join(TLS_MODES)}, not {self.tls}")
+        if self.tls == "required" and "STARTTLS" in self.without:
+            raise ValueError("without: tls=required needs STARTTLS")
         if self.cert and not self.tls:
             raise ValueError("cert: requires tls")
         if self.key and not self.cert:
@@ -164,44 +188,8 @@ class Config:
     @cached_property
     def extensions(self) -> list[str]:
         """The keywords of EXTENSIONS that are not disabled."""
-        disabled = set(self.without)
-        if not self.smtputf8:
-            disabled.add("SMTPUTF8")
-        if disabled & {"8BITMIME", "CHUNKING"}:  # RFC 3030 section 3
-            disabled.add("BINARYMIME")
+        disabled = {*self.without} if self.smtputf8 else {*self.without, "SMTPUTF8"}
         return [word for word in EXTENSIONS if word not in disabled]
-
-    def _check_types(self) -> None:
-        path = (str, os.PathLike, type(None))
-        _require_type("interface", self.interface, (str,), "a string")
-        _require_type("port", self.port, (int,), "an integer")
-        _require_type("directory", self.directory, path, "a path or None")
-        _require_type("max_size", self.max_size, (int,), "an integer")
-        _require_type("smtputf8", self.smtputf8, (bool,), "True or False")
-        _require_type("tls", self.tls, (str, type(None)), f"one of {', '.join(TLS_MODES)}, or None")
-        _require_type("cert", self.cert, path, "a path or None")
-        _require_type("key", self.key, path, "a path or None")
-        _require_type("strict", self.strict, (bool,), "True or False")
-        _require_type("reuse_port", self.reuse_port, (bool,), "True or False")
-        _require_strings("fail", self.fail)
-        _require_strings("ignore", self.ignore)
-        _require_strings("without", self.without)
-        if not isinstance(self.auth, Mapping) or not all(
-            isinstance(text, str) for item in self.auth.items() for text in item
-        ):
-            raise TypeError("auth: must be a dictionary {user: password} of strings")
-
-
-def _require_type(name: str, value: object, types: tuple[type, ...], expected: str) -> None:
-    # bool is a subclass of int
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise TypeError(f"{name}: must be {expected}, not {value!r}")
-
-
-def _require_strings(name: str, texts: Any) -> None:
-    is_list = isinstance(texts, Iterable) and not isinstance(texts, str)
-    if not is_list or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name}: must be a list of strings, not {texts!r}")
 
 
 if TYPE_CHECKING:
@@ -313,7 +301,7 @@ TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
 
 @dataclass
 class Deliver:
-    """Action: store the envelope, call the handler, and set `reply`, the next of the session."""
+    """Action: store the envelope, call the handler, and set `reply` to the result."""
 
     envelope: Envelope
     reply: Reply = DELIVERY_FAILED
@@ -348,16 +336,21 @@ MAX_COMMAND_LENGTH = 12_288
 # Recipients of one message. RFC 5321 section 4.5.3.1.8 requires 100; Postfix accepts 1000.
 MAX_RECIPIENTS = 1000
 
-# Octets of the arguments of all RCPT commands of one message: over 512 for each recipient.
-MAX_RCPT_ARGUMENTS = 512 * 1024
-
 # 5xx replies in a row before the connection is closed; those of failure rules do not count. The
 # value is the default of smtpd_hard_error_limit in Postfix.
 MAX_ERRORS = 20
 
-# Octets of content that all sessions may hold in memory together, or twice the maximum size of
-# a message if that is larger. If messages have no maximum size, neither has this.
-MAX_CONTENT_IN_MEMORY = 256 * 1024 * 1024
+# The content type and the version of a TLS record with a ClientHello (RFC 8446 section 5.1)
+_TLS_HANDSHAKE = b"\x16\x03"
+
+# The first words of HTTP requests: a web page can make a browser send one to any port.
+_HTTP_VERBS = "GET POST PUT HEAD OPTIONS CONNECT DELETE PATCH PRI HOST:".split()
+
+T = TypeVar("T")
+
+# A part of the dialogue: a generator that yields actions, or None to wait for more input, and
+# returns a T.
+Dialogue = Generator[Action | None, None, T]
 
 
 @dataclass
@@ -368,70 +361,510 @@ class Transaction:
     mail_options: dict[str, str]
     rcpt_tos: list[str] = field(default_factory=list)
     rcpt_options: list[dict[str, str]] = field(default_factory=list)
-    rcpt_arguments: int = 0
-    """Octets of the arguments of all RCPT commands."""
-    content: bytearray = field(default_factory=bytearray)
-    chunks: int = 0
-    """How many BDAT commands were accepted."""
-    error: SMTPError | None = None
-    """Why the content is discarded. The client gets it at the end of the content."""
+    chunks: bytearray | None = None
+    """The content so far; None before the first BDAT."""
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A command or a message that was refused: its reply has a 4xx or 5xx code."""
+class ScriptedError(Exception):
+    """Raised where a failure rule refuses a command or a message."""
 
-    time: datetime
-    """When it was refused, with a time zone."""
-    peer: str
-    """Address and port of the client."""
-    verb: str
-    """CONNECT, a command in upper case, or "." for a message, as in failure rules."""
-    argument: str
-    """The argument of the command, without secrets; sender, recipients and subject for "."."""
-    reply: Reply
+    def __init__(self, rule: Rule) -> None:
+        super().__init__(rule.text)
+        self.rule = rule
 
 
-class SharedState:
-    """What the sessions of a server share: the failure rules, and memory for content.
+class Session:
+    """The server side of an SMTP session, without I/O: bytes in, actions out.
 
-    on_refusal is called with each Refusal. Raises ValueError for a rule that does not parse
-    and for an unknown name of a warning.
+    The dialogue is a generator: `yield reply` speaks, and `yield from self._input.line()`
+    listens. peer is the address of the client, for envelopes and the log. rules may be shared
+    with other sessions; None means those of the config. on_refusal is called with each Refusal.
     """
 
     def __init__(
-        self, config: Config, on_refusal: Callable[[Refusal], object] | None = None
+        self,
+        config: Config,
+        peer: str = "",
+        rules: Rules | None = None,
+        on_refusal: Callable[[Refusal], object] | None = None,
     ) -> None:
-        for name in config.ignore:
-            if name not in WARNINGS:
-                raise ValueError(f"ignore: unknown name {name}; one of {', '.join(WARNINGS)}")
-        self.rules = Rules(config.fail)
-        self.on_refusal = on_refusal
-        self.content_limit = float("inf")
-        if config.max_size > 0:
-            self.content_limit = max(MAX_CONTENT_IN_MEMORY, 2 * config.max_size)
-        self.reserved = 0
-        """Octets of content that all sessions hold."""
-        self.rejected_messages = 0
-        """How many messages were rejected because of config.strict."""
+        self.config = config
+        self.peer = peer
+        self.ended = False
+        """Whether the dialogue is over, so that the connection is to be closed."""
+        self.tls = config.tls == "implicit"
+        self.helo: str | None = None
+        self.extended = False  # whether the client sent EHLO
+        self.user: str | None = None
+        self.transaction: Transaction | None = None
+        self._rules = Rules(config.fail) if rules is None else rules
+        self._log = SessionLog(peer, on_refusal)
+        self._input = Input()
+        self._line_end = b"\r\n"  # the line end of the last command
+        self._is_greeted = False  # False after a rule has refused the client
+        self._errors = 0  # 5xx replies in a row
+        self._protocol_warnings: list[str] = []
+        self._now = 0.0  # the time of the last call of receive()
+        self._dialogue = self._converse()
 
-    def report_refusal(self, refusal: Refusal, detail: str) -> None:
-        """Log a refusal, and pass it on."""
-        name = "message" if refusal.verb == "." else refusal.verb
-        command = f"{name} {refusal.argument}".strip() or "empty line"
-        reply = escape_unprintable(str(refusal.reply))
-        log.warning("%s: %s refused: %s%s", refusal.peer, command, reply, detail)
-        if self.on_refusal is None:
-            return
+    def receive(self, data: bytes, now: float) -> Iterator[Action]:
+        """Continue the dialogue with bytes from the client; yield the actions they cause.
+
+        The caller performs each action before it asks for the next one. The first call, with
+        no data, yields the greeting. now is the time for the envelopes, as from time.time().
+        """
+        self._input.feed(data)
+        self._now = now
+        for action in self._dialogue:
+            if action is None:
+                return
+            yield self._send(action) if isinstance(action, Reply) else action
+
+    def end(self, reply: Reply | None = None) -> bytes:
+        """Log how the connection ends, and return what is sent at last.
+
+        reply is the last one, unless the dialogue or the client has ended the connection.
+        """
+        if reply is not None:
+            reply = self._as_sent(reply)
+            self._log.sent(reply)
+            return reply.encoded
+        if not self.ended:
+            self._log.disconnected()
+        if self.config.tls is None:
+            self._log.hint_at_tls()
+        return b""
+
+    def _send(self, reply: Reply) -> Reply:
+        """Log a reply, and return it as it is sent."""
+        reply = self._as_sent(reply)
+        self._log.answer(reply, self._now)
+        if reply.code < 400:
+            self._errors = 0
+        self.ended = reply.closes_connection
+        return reply
+
+    def _as_sent(self, reply: Reply) -> Reply:
+        if "ENHANCEDSTATUSCODES" in self.config.extensions:
+            return reply
+        return replace(reply, status="")
+
+    # The dialogue, from the greeting to the last reply
+
+    def _converse(self) -> Dialogue[None]:
+        yield from self._reply_with(self._greet())
+        if (yield from self._input.starts_with(_TLS_HANDSHAKE)):
+            hint = "use --tls implicit, or STARTTLS in the client"
+            log.warning("%s: TLS on a plain connection; %s", self.peer, hint)
+            yield from self._close()
+        while not self.ended:
+            yield from self._reply_with(self._answer_command())
+
+    def _reply_with(self, answer: Dialogue[Reply | None]) -> Dialogue[None]:
+        """Reply with what a part of the dialogue returns or raises, if it has not replied."""
         try:
-            self.on_refusal(refusal)
-        except Exception:  # the client gets its reply all the same
-            log.exception("%s: on_refusal failed", refusal.peer)
+            reply = yield from answer
+            if reply is not None:
+                yield reply
+        except ScriptedError as refusal:  # not an error of the client
+            if refusal.rule.reply is not None:
+                yield refusal.rule.reply
+            if refusal.rule.drop:
+                yield from self._close()
+        except SMTPError as error:
+            if error.reply.code >= 500:
+                self._errors += 1
+            # RFC 5321 section 4.3.2
+            yield error.reply if self._errors <= MAX_ERRORS else TOO_MANY_ERRORS
+
+    def _close(self) -> Dialogue[None]:
+        self.ended = True
+        yield Close()
+
+    def _greet(self) -> Dialogue[Reply]:
+        address = self.peer.rpartition(":")[0].strip("[]")
+        self._log.connect(address)
+        yield from self._apply_rules("CONNECT", lambda: address)
+        self._warn_if_pipelined("the greeting")
+        self._is_greeted = True
+        return GREETING
+
+    def _answer_command(self) -> Dialogue[Reply | None]:
+        """Read a command line, and return the reply; None if the command has replied."""
+        line = yield from self._read_line()
+        self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
+        text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" \t")
+        verb, _, argument = text.partition(" ")
+        # str.upper() converts some letters outside ASCII to ASCII letters.
+        verb = verb.upper() if verb.isascii() else ""
+        self._log.command(text, verb)
+        if self._line_end == b"\n":
+            self._warn(warning("bare-lf", "after a command"))
+        if not self._is_greeted and text.upper() != "QUIT":  # RFC 5321 section 3.1
+            raise SMTPError(503, "5.5.1", "Only QUIT is allowed after a refused greeting")
+        return (yield from self._execute(verb, argument.lstrip(" ")))
+
+    def _execute(self, verb: str, argument: str) -> Dialogue[Reply | None]:
+        command = COMMANDS.get(verb)
+        if verb in _HTTP_VERBS:
+            raise SMTPError(421, "4.7.0", "HTTP request refused")
+        if command is None:
+            raise SMTPError(500, "5.5.2", "Command not recognized")
+        is_disabled = command.extension and command.extension not in self.config.extensions
+        if command.method is None or is_disabled:
+            raise SMTPError(502, "5.5.1", "Command not implemented")
+        if verb != "BDAT":  # it does this when it knows how many octets follow
+            yield from self._permit(verb, argument)
+        reply = command.method(self, argument)
+        return reply if isinstance(reply, Reply) else (yield from reply)
+
+    def _permit(self, verb: str, argument: str) -> Dialogue[None]:
+        """Apply the failure rules, and check what the table of commands says."""
+        yield from self._apply_rules(verb, lambda: rule_text(argument))
+        if "PIPELINING" not in self.config.extensions:
+            self._warn_if_pipelined(f"the reply to {verb}")
+        command = COMMANDS[verb]
+        if self.config.tls == "required" and not self.tls and not command.before_tls:
+            raise SMTPError(530, "5.7.0", "Must issue a STARTTLS command first")
+        # RFC 4954 section 6
+        if self.config.auth and self.user is None and command.needs_login:
+            raise SMTPError(530, "5.7.0", "Authentication required")
+        if argument and not command.argument:
+            raise SMTPError(501, "5.5.4", "No argument allowed")
+
+    def _apply_rules(self, verb: str, get_text: Callable[[], str]) -> Dialogue[None]:
+        for rule in self._rules.apply(verb, get_text, self.peer):
+            if rule.delay is not None:
+                yield Delay(rule.delay)
+            if rule.reply is not None or rule.drop:
+                raise ScriptedError(rule)
+
+    def _read_line(self) -> Dialogue[bytearray]:
+        line = yield from self._input.line()
+        if len(line) > MAX_COMMAND_LENGTH:
+            self._log.command(f"(line of over {MAX_COMMAND_LENGTH} octets)")
+            raise SMTPError(500, "5.5.2", "Line too long")
+        return line
+
+    def _warn(self, text: str) -> None:
+        """Add a warning about the dialogue to those of the next message."""
+        if text not in self._protocol_warnings:
+            self._protocol_warnings.append(text)
+
+    def _warn_if_pipelined(self, reply: str) -> None:
+        """Warn if data arrived before a reply that the client must wait for."""
+        if not self._input.is_empty:
+            self._warn(warning("early-talker", reply))
+
+    # Commands: one method for each verb, which returns the reply or raises SMTPError. Those that
+    # listen are parts of the dialogue.
+
+    def _ehlo(self, argument: str) -> Reply:
+        self._begin_session("EHLO", argument)
+        lines = [HOSTNAME, *filter(None, map(self._extension_line, self.config.extensions))]
+        return Reply(250, "", "\n".join(lines))
+
+    def _extension_line(self, keyword: str) -> str:
+        """Return the line of the EHLO reply for an extension, or "" if it is not available."""
+        if keyword == "SIZE":
+            return f"SIZE {self.config.max_size}"
+        if keyword == "STARTTLS" and (self.tls or self.config.tls is None):
+            return ""
+        if keyword == "AUTH":
+            available = self.user is None and (self.tls or self.config.tls != "required")
+            return " ".join(["AUTH", *SASL_MECHANISMS]) if available else ""
+        return keyword
+
+    def _helo(self, argument: str) -> Reply:
+        self._begin_session("HELO", argument)
+        return Reply(250, "", HOSTNAME)
+
+    def _begin_session(self, verb: str, argument: str) -> None:
+        self._warn_if_pipelined(f"the reply to {verb}")
+        if not _HELO_ARGUMENT.fullmatch(argument):
+            raise SMTPError(501, "5.5.4", f"Syntax: {verb} hostname")
+        self.transaction = None  # RFC 5321 section 4.1.4
+        self.helo = argument
+        self.extended = verb == "EHLO"
+
+    def _mail(self, argument: str) -> Reply:
+        if self.helo is None:
+            raise SMTPError(503, "5.5.1", "Send EHLO or HELO first")
+        if self.transaction is not None:
+            raise SMTPError(503, "5.5.1", "Nested MAIL command")
+        match = _MAIL_ARGUMENT.fullmatch(argument)
+        if match is None:
+            raise SMTPError(501, "5.5.4", "Syntax: MAIL FROM:<address>")
+        mail_options = self._parse_parameters(match["parameters"], MAIL_PARAMETERS)
+        mail_from = ""  # the null reverse-path (RFC 5321 section 4.5.5)
+        if match["path"]:
+            mail_from = parse_mailbox(match["path"], "5.1.7")
+            _require_smtputf8(mail_from, mail_options)
+        if int(mail_options.get("SIZE", 0)) > self._max_size:
+            raise SMTPError(552, "5.3.4", "Message exceeds the maximum size")
+        self.transaction = Transaction(mail_from, mail_options)
+        return SENDER_OK
+
+    def _rcpt(self, argument: str) -> Reply:
+        transaction = self.transaction
+        if transaction is None:
+            raise SMTPError(503, "5.5.1", "Send MAIL first")
+        if transaction.chunks is not None:
+            raise SMTPError(503, "5.5.1", "RCPT is not allowed after BDAT")
+        if len(transaction.rcpt_tos) >= MAX_RECIPIENTS:  # RFC 5321 section 4.5.3.1.10
+            raise SMTPError(452, "4.5.3", "Too many recipients")
+        match = _RCPT_ARGUMENT.fullmatch(argument)
+        if match is None:
+            raise SMTPError(501, "5.5.4", "Syntax: RCPT TO:<address>")
+        rcpt_options = self._parse_parameters(match["parameters"], RCPT_PARAMETERS)
+        rcpt_to = parse_mailbox(match["path"], "5.1.3")
+        _require_smtputf8(rcpt_to, transaction.mail_options)
+        _require_smtputf8(rcpt_options.get("ORCPT", ""), transaction.mail_options)
+        transaction.rcpt_tos.append(rcpt_to)
+        transaction.rcpt_options.append(rcpt_options)
+        return RECIPIENT_OK
+
+    def _parse_parameters(self, text: str | None, known: Parameters) -> dict[str, str]:
+        if not text:
+            return {}
+        if not self.extended:
+            raise SMTPError(555, "5.5.4", "Parameters require EHLO")
+        return parse_parameters(text, known, self.config.extensions)
+
+    def _data(self, argument: str) -> Dialogue[Reply]:
+        transaction = self._require_recipients()
+        if transaction.chunks is not None:  # RFC 3030 section 2
+            raise SMTPError(503, "5.5.1", "DATA is not allowed after BDAT")
+        self._warn_if_pipelined("the reply to DATA")
+        yield START_CONTENT
+        content = yield from self._input.content(self._line_end, self._max_size)
+        return (yield from self._deliver(transaction, content))
+
+    def _bdat(self, argument: str) -> Dialogue[Reply]:
+        match = _BDAT_ARGUMENT.fullmatch(argument)
+        if match is None:
+            raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
+        size = int(match["size"])
+        try:
+            yield from self._permit("BDAT", argument)
+            transaction, content = self._begin_chunk(size, match["rest"])
+        except (SMTPError, ScriptedError):
+            yield from self._input.discard(size)  # RFC 3030 section 2: they are not commands
+            # Without this chunk, the message is incomplete. Before RCPT, there is no message.
+            if self.transaction is not None and self.transaction.rcpt_tos:
+                self.transaction = None
+            raise
+        content += yield from self._input.octets(size)
+        if not match["rest"]:
+            return OK
+        return (yield from self._deliver(transaction, bytes(content)))
+
+    def _begin_chunk(self, size: int, rest: str) -> tuple[Transaction, bytearray]:
+        """Return the transaction and its content, to which a chunk of this size is added."""
+        if rest and not re.fullmatch(" +LAST", rest, re.IGNORECASE | re.ASCII):
+            raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
+        transaction = self._require_recipients()
+        if transaction.chunks is None:
+            transaction.chunks = bytearray()
+        if len(transaction.chunks) + size > self._max_size:
+            raise SMTPError(552, "5.3.4", "Message exceeds the maximum size")
+        return transaction, transaction.chunks
+
+    def _require_recipients(self) -> Transaction:
+        if self.transaction is None or not self.transaction.rcpt_tos:
+            raise SMTPError(503, "5.5.1", "Send MAIL and RCPT first")
+        return self.transaction
+
+    @property
+    def _max_size(self) -> float:
+        return self.config.max_size or float("inf")
+
+    def _rset(self, argument: str) -> Reply:
+        self.transaction = None
+        return OK
+
+    def _noop(self, argument: str) -> Reply:
+        return OK
+
+    def _quit(self, argument: str) -> Reply:
+        return BYE
+
+    def _vrfy(self, argument: str) -> Reply:
+        if not argument:
+            raise SMTPError(501, "5.5.4", "Syntax: VRFY address")
+        return CANNOT_VERIFY  # RFC 5321 section 3.5.3
+
+    def _help(self, argument: str) -> Reply:
+        return Reply(214, "2.0.0", "Commands:\n" + " ".join(IMPLEMENTED_VERBS))
+
+    def _starttls(self, argument: str) -> Dialogue[None]:
+        if self.tls:
+            raise SMTPError(503, "5.5.1", "TLS is already active")
+        if self.config.tls is None:
+            self._log.detail = " (see --tls)"
+            raise SMTPError(502, "5.5.1", "TLS is not available")
+        yield READY_FOR_TLS
+        self._input.clear()  # what arrived in plain text (RFC 3207 section 4.2)
+        yield StartTLS()
+        self.tls = True
+        self.helo = self.user = self.transaction = None  # the client must send EHLO again
+
+    def _auth(self, argument: str) -> Dialogue[Reply]:
+        """AUTH mechanism [initial-response] (RFC 4954 section 4)"""
+        if self.helo is None:
+            raise SMTPError(503, "5.5.1", "Send EHLO or HELO first")
+        if self.transaction is not None:
+            raise SMTPError(503, "5.5.1", "AUTH is not allowed during a mail transaction")
+        if self.user is not None:
+            raise SMTPError(503, "5.5.1", "Already authenticated")
+        name, _, initial_response = argument.partition(" ")
+        if not name:
+            raise SMTPError(501, "5.5.4", "Syntax: AUTH mechanism [initial-response]")
+        if name.upper() not in SASL_MECHANISMS:
+            raise SMTPError(504, "5.5.4", "Unknown authentication mechanism")
+        exchange = SASL_MECHANISMS[name.upper()]()
+        user, password = yield from self._authenticate(exchange, initial_response.strip())
+        return self._log_in(user, password)
+
+    def _authenticate(self, exchange: SASLExchange, initial: str) -> Dialogue[tuple[bytes, bytes]]:
+        """Return user name and password; initial is the initial response in base64, or ""."""
+        challenge = next(exchange)
+        response = initial.encode("utf-8", "replace")
+        if initial == "=":  # an empty initial response
+            response = b""
+        elif not initial:
+            response = yield from self._challenge(challenge)
+        try:
+            while True:
+                challenge = exchange.send(base64.b64decode(response, validate=True))
+                response = yield from self._challenge(challenge)
+        except StopIteration as end:
+            user, password = end.value
+            return user, password
+        except ValueError as error:
+            raise SMTPError(501, "5.5.2", "Malformed authentication response") from error
+
+    def _challenge(self, text: str) -> Dialogue[bytes]:
+        """Send a challenge, and return the response in base64."""
+        yield Reply(334, "", base64.b64encode(text.encode()).decode())
+        response = yield from self._read_line()
+        self._log.response()
+        if response.strip() == b"*":
+            raise SMTPError(501, "5.7.0", "Authentication cancelled")
+        return bytes(response.strip())
+
+    def _log_in(self, user: bytes, password: bytes) -> Reply:
+        name = user.decode("utf-8", "surrogateescape")
+        expected = self.config.auth.get(name)
+        if not self.config.auth or password.decode("utf-8", "surrogateescape") == expected:
+            self.user = user.decode("utf-8", "replace")
+            return LOGIN_SUCCEEDED
+        problem = "unknown user" if expected is None else "wrong password"
+        self._log.detail = f" (user '{escape_unprintable(name)}': {problem})"
+        raise SMTPError(535, "5.7.8", "Authentication failed")
+
+    # The end of the content
+
+    def _deliver(self, transaction: Transaction, content: bytes | None) -> Dialogue[Reply]:
+        """Have a message delivered, and return the reply; None is content that is too large."""
+        self.transaction = None
+        if content is None:
+            raise SMTPError(552, "5.3.4", "Message exceeds the maximum size")
+        envelope = Envelope(
+            peer=self.peer,
+            helo=self.helo or "",
+            protocol=self._protocol(transaction),
+            tls=self.tls,
+            user=self.user,
+            mail_from=transaction.mail_from,
+            mail_options=transaction.mail_options,
+            rcpt_tos=transaction.rcpt_tos,
+            rcpt_options=transaction.rcpt_options,
+            content=content,
+            received=datetime.fromtimestamp(self._now, timezone.utc),
+            warnings=self._message_warnings(transaction, content),
+        )
+        self._log.message(envelope)
+        yield from self._apply_rules(".", lambda: envelope.subject)
+        self._require_acceptable(envelope)
+        delivery = Deliver(envelope)
+        yield delivery
+        return delivery.reply
+
+    def _protocol(self, transaction: Transaction) -> str:
+        """Return the protocol for the Received field (RFC 3848, RFC 6531 section 4.3)."""
+        if "SMTPUTF8" in transaction.mail_options:
+            name = "UTF8SMTP"
+        elif self.extended or self.tls or self.user is not None:
+            name = "ESMTP"
+        else:
+            name = "SMTP"
+        return name + ("S" if self.tls else "") + ("A" if self.user is not None else "")
+
+    def _message_warnings(self, transaction: Transaction, content: bytes) -> list[str]:
+        """Return the warnings about the message and the dialogue before it."""
+        warnings = self._protocol_warnings
+        self._protocol_warnings = []
+        addresses = [transaction.mail_from, *transaction.rcpt_tos]
+        domains = [address.rpartition("@")[2] for address in addresses if "@" in address]
+        if "_" in " ".join(domains):
+            warnings.append(warning("address-syntax"))
+        warnings += lint(content, transaction.mail_options)
+        if self.user is not None and self.config.tls is not None and not self.tls:
+            warnings.append(warning("plaintext-auth"))
+        return [text for text in warnings if text.partition(":")[0] not in self.config.ignore]
+
+    def _require_acceptable(self, envelope: Envelope) -> None:
+        smtputf8 = "SMTPUTF8" in self.config.extensions
+        if not smtputf8 and not header_section(envelope.content).isascii():
+            raise SMTPError(554, "5.6.7", "Non-ASCII header fields require SMTPUTF8")
+        for text in envelope.warnings:
+            log.warning("%s: %s", self.peer, text)
+        if self.config.strict and envelope.warnings:
+            raise SMTPError(554, "5.6.0", envelope.warnings[0])
 
 
-# The state of a session: the method that consumes the next input. It takes one unit off the
-# buffer and returns its action, raises SMTPError, or returns None if the unit is incomplete.
-State = Callable[[], Action | None]
+def _require_smtputf8(address: str, mail_options: dict[str, str]) -> None:
+    """RFC 6531 section 3.5: an address outside ASCII requires the SMTPUTF8 parameter."""
+    if not address.isascii() and "SMTPUTF8" not in mail_options:
+        raise SMTPError(553, "5.6.7", "Non-ASCII address requires SMTPUTF8")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is known of a command: a row of COMMANDS."""
+
+    method: Callable[[Session, str], Reply | Dialogue[Reply] | Dialogue[None]] | None = None
+    """Takes the argument, and returns the reply. None means that it is not implemented."""
+    argument: bool = False
+    """Whether it may have an argument."""
+    extension: str = ""
+    """The keyword of the extension that it belongs to."""
+    before_tls: bool = False
+    """Whether it is allowed before TLS if TLS is required."""
+    needs_login: bool = False
+    """Whether it needs a login if there are accounts."""
+
+
+COMMANDS = {
+    "EHLO": Command(Session._ehlo, argument=True, before_tls=True),
+    "HELO": Command(Session._helo, argument=True, before_tls=True),
+    "MAIL": Command(Session._mail, argument=True, needs_login=True),
+    "RCPT": Command(Session._rcpt, argument=True, needs_login=True),
+    "DATA": Command(Session._data, needs_login=True),
+    "BDAT": Command(Session._bdat, argument=True, extension="CHUNKING", needs_login=True),
+    "RSET": Command(Session._rset, before_tls=True),
+    "NOOP": Command(Session._noop, argument=True, before_tls=True),
+    "QUIT": Command(Session._quit, before_tls=True),
+    "VRFY": Command(Session._vrfy, argument=True, needs_login=True),
+    "HELP": Command(Session._help, argument=True, extension="HELP", before_tls=True),
+    "STARTTLS": Command(Session._starttls, extension="STARTTLS", before_tls=True),
+    "AUTH": Command(Session._auth, argument=True, extension="AUTH"),
+    # RFC 5321 section 4.2.4: 502 is for commands that the server knows but does not implement.
+    **dict.fromkeys("EXPN TURN ETRN ATRN SEND SOML SAML".split(), Command()),
+}
+IMPLEMENTED_VERBS = [verb for verb, command in COMMANDS.items() if command.method is not None]
+
 
 # A SASL mechanism (RFC 4422): yields challenges, receives the decoded responses, and returns
 # user name and password. Raises ValueError for a malformed response.
@@ -467,699 +900,201 @@ def _sasl_xoauth2() -> SASLExchange:
 SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login, "XOAUTH2": _sasl_xoauth2}
 
 
-def _is_mechanism(word: str) -> bool:
-    """Return whether the word after AUTH is the name of a mechanism, not a secret in base64."""
-    if word.upper() in SASL_MECHANISMS:
-        return True
-    # Base64 has both cases and a length that is a multiple of 4.
-    is_name = re.fullmatch("[A-Z0-9_-]{3,20}", word) is not None
-    return is_name and ("-" in word or len(word) % 4 > 0)
+class Input:
+    """What the client has sent and the session has not read: lines, octets, content.
 
-
-class Session:
-    """The server side of an SMTP session, without I/O: bytes in, actions out.
-
-    peer is the address of the client, for envelopes and the log. shared is what the session
-    shares with others; None makes it independent.
+    The methods that read are parts of a dialogue: they yield None to wait for more input.
     """
 
-    def __init__(self, config: Config, peer: str = "", shared: SharedState | None = None) -> None:
-        self.config = config
-        self.peer = peer
-        self.tls = config.tls == "implicit"
-        self.helo: str | None = None
-        self.extended = False  # whether the client sent EHLO
-        self.user: str | None = None
-        self.transaction: Transaction | None = None
-        self._shared = SharedState(config) if shared is None else shared
-        self._reserved = 0  # the part of shared.reserved that belongs to this session
-        self.ended = False
-        """Whether the dialogue is over, so that the connection is to be closed."""
+    def __init__(self) -> None:
         self._buffer = bytearray()
-        self._searched = 0  # octets at the start of the buffer without a line end
-        self._line_end = b"\r\n"  # the line end of the last command
-        self._chunk_remaining = 0  # octets of the current BDAT chunk that have not arrived
-        self._command = ""  # the last command line, or CONNECT and the address of the client
-        self._last_verb = ""  # of the last command but QUIT
-        self._envelope: Envelope | None = None  # the message that waits for its reply
-        self._refusal_detail = ""  # what the log says about the refusal of the last command
-        self._has_accepted_message = False
-        self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
-        self._protocol_warnings: list[str] = []
-        self._errors = 0
-        self._now = 0.0  # the time of the last call of receive()
-        self._state: State = self._connect
-
-    def receive(self, data: bytes, now: float) -> Iterator[Action]:
-        """Process bytes from the client and yield the actions they cause.
-
-        The caller performs each action before it asks for the next one. The first call, with
-        no data, yields the greeting. now is the time for the envelopes, as from time.time().
-        """
-        self.feed(data)
-        self._now = now
-        while not self.ended and (action := self._next_action()) is not None:
-            yield action
 
     def feed(self, data: bytes) -> None:
-        """Add bytes that arrive while an action is performed; receive() processes them next."""
+        """Add bytes from the client."""
         self._buffer += data
 
+    def clear(self) -> None:
+        """Discard everything that has arrived."""
+        self._buffer.clear()
+
     @property
-    def has_input(self) -> bool:
-        """Whether the client has sent something that is not processed yet."""
-        return len(self._buffer) > 0
+    def is_empty(self) -> bool:
+        """Whether nothing has arrived that is not read yet."""
+        return not self._buffer
 
-    def close(self, reply: Reply | None = None) -> None:
-        """Log how the connection ends, and discard the transaction.
+    def starts_with(self, octets: bytes) -> Dialogue[bool]:
+        """Return whether the input starts with these octets, as soon as that is certain."""
+        while len(self._buffer) < len(octets) and octets.startswith(bytes(self._buffer)):
+            yield None
+        return self._buffer.startswith(octets)
 
-        reply is the last reply if the connection sends it itself.
+    def line(self) -> Dialogue[bytearray]:
+        """Read a line with its line end; a bare LF is one, so that a person can use netcat.
+
+        Of a line over MAX_COMMAND_LENGTH, the start and the end are returned, which together
+        are over that length.
         """
-        if reply is not None:
-            self._log_reply(reply)
-        elif self._envelope is not None and not self.ended:
-            summary = self._envelope.summary()
-            log.warning("%s: Disconnected before the reply to %s", self.peer, summary)
-        if not self._has_accepted_message:
-            last = self._masked(self._last_verb) or "the greeting"
-            hint = ""
-            if self.config.tls is None and last in ("EHLO", "STARTTLS"):
-                hint = " (the client may require TLS: see --tls)"
-            log.debug("%s: Closed without a message after %s%s", self.peer, last, hint)
-        self._drop_transaction()
+        end = self._buffer.find(b"\n")
+        while end < 0:
+            del self._buffer[MAX_COMMAND_LENGTH:]
+            searched = len(self._buffer)
+            yield None
+            end = self._buffer.find(b"\n", searched)
+        return self._take(end + 1)
 
-    def _next_action(self) -> Action | None:
-        try:
-            action = self._state()
-        except SMTPError as error:
-            action = error.reply
-            if action.code >= 500:
-                self._errors += 1
-            if self._errors > MAX_ERRORS:  # RFC 5321 section 4.3.2
-                action = TOO_MANY_ERRORS
-        if isinstance(action, Reply):
-            return self._finish_reply(action)
-        self.ended = isinstance(action, Close)
-        return action
+    def octets(self, count: int) -> Dialogue[bytearray]:
+        """Read this many octets."""
+        while len(self._buffer) < count:
+            yield None
+        return self._take(count)
 
-    def _finish_reply(self, reply: Reply) -> Reply:
-        """Update the state for a reply, log it, and return it as it is sent."""
-        if "ENHANCEDSTATUSCODES" not in self.config.extensions:
-            reply = Reply(reply.code, "", reply.text)
-        self._log_reply(reply)
-        if reply.code < 400:
-            self._errors = 0
-        else:
-            self._report_refusal(reply)
-        if self._envelope is not None:  # the reply to a message: nothing needs its content now
-            self._envelope = None
-            self._reserve(0)
-        self.ended = reply.closes_connection
-        return reply
+    def discard(self, count: int) -> Dialogue[None]:
+        """Read this many octets, and discard them."""
+        while len(self._buffer) < count:
+            count -= len(self._buffer)
+            self._buffer.clear()
+            yield None
+        del self._buffer[:count]
 
-    def _drop_transaction(self) -> None:
-        self.transaction = None
-        self._reserve(0)
+    def content(self, line_end: bytes, max_size: float) -> Dialogue[bytes | None]:
+        """Read up to the line with a single dot, and undo dot-stuffing (RFC 5321 section 4.5.2).
 
-    def _reserve(self, octets: int) -> None:
-        """Set how much content this session holds in memory."""
-        self._shared.reserved += octets - self._reserved
-        self._reserved = octets
+        line_end is that of the DATA command. Only this one is recognized: no other combination
+        of CR, LF and dots can end the message (SMTP smuggling). Returns None for content of over
+        max_size octets, which is not kept.
+        """
+        buffer = self._buffer
+        buffer[:0] = line_end  # so that each line follows a line end, the first that of DATA
+        terminator = line_end + b"." + line_end
+        searched = 0
+        is_too_large = False
+        while (end := buffer.find(terminator, searched)) < 0:
+            searched = max(len(buffer) - len(terminator) + 1, 0)
+            # Each stuffed dot stands beside a line end, so stuffing adds at most a half.
+            is_too_large = is_too_large or searched > 1.5 * max_size + len(line_end)
+            if is_too_large:
+                del buffer[:searched]
+                searched = 0
+            yield None
+        content = self._take(end + len(line_end))
+        del buffer[: len(b"." + line_end)]
+        if b"." in content:  # base64 has none
+            content = content.replace(line_end + b".", line_end)
+        del content[: len(line_end)]
+        return None if is_too_large or len(content) > max_size else bytes(content)
 
-    # Log
+    def _take(self, count: int) -> bytearray:
+        taken = self._buffer[:count]
+        del self._buffer[:count]
+        return taken
 
-    def _log_reply(self, reply: Reply) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            for line in reply.encoded.decode().splitlines():
-                log.debug("%s S: %s", self.peer, line)
 
-    def _begin_command(self, line: str, verb: str = "") -> None:
+@dataclass(frozen=True)
+class Refusal:
+    """A command or a message that was refused: its reply has a 4xx or 5xx code."""
+
+    time: datetime
+    """When it was refused, with a time zone."""
+    peer: str
+    """Address and port of the client."""
+    verb: str
+    """CONNECT, a command in upper case, "." for a message, as in failure rules, or "" for a line
+    that does not begin with a word."""
+    argument: str
+    """The argument of the command, without secrets; sender, recipients and subject for "."."""
+    reply: Reply
+
+
+class SessionLog:
+    """The log of a session, without secrets: the dialogue, what is refused, how it ends."""
+
+    def __init__(self, peer: str, on_refusal: Callable[[Refusal], object] | None) -> None:
+        self.detail = ""
+        """What the log says about the refusal of the last command, after the reply."""
+        self._peer = peer
+        self._on_refusal = on_refusal
+        self._command = ""  # the last command line, or CONNECT and the address of the client
+        self._message: Envelope | None = None  # the message that waits for its reply
+        self._verbs: set[str] = set()  # of all commands; "" for an unknown one
+        self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
+
+    def connect(self, address: str) -> None:
+        """The client has connected."""
+        self._command = f"CONNECT {address}"
+
+    def command(self, line: str, verb: str = "") -> None:
+        """The client has sent a command line; verb is its first word in upper case."""
         self._command = line
-        self._refusal_detail = ""
-        if verb and verb != "QUIT":
-            self._last_verb = verb
+        self.detail = ""
+        self._verbs.add(verb if verb in COMMANDS else "")
         if "AUTH" in verb:  # "AUTHPLAIN" is a typing error that may have a secret as its argument
             self._auth_seen = True
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s C: %s", self.peer, self._masked(line))
+            log.debug("%s C: %s", self._peer, self._masked(line))
 
-    def _report_refusal(self, reply: Reply) -> None:
-        verb, _, argument = self._masked(self._command).partition(" ")
-        if verb.isalpha() and verb.isascii():
+    def response(self) -> None:
+        """The client has sent a line of an authentication exchange."""
+        log.debug("%s C: ***", self._peer)
+
+    def message(self, envelope: Envelope) -> None:
+        """The client has sent a message: the next reply is about it."""
+        self._message = envelope
+
+    def sent(self, reply: Reply) -> None:
+        """The server sends a reply."""
+        if log.isEnabledFor(logging.DEBUG):
+            for line in reply.encoded.decode().splitlines():
+                log.debug("%s S: %s", self._peer, line)
+
+    def answer(self, reply: Reply, now: float) -> None:
+        """The server answers the last command or message."""
+        self.sent(reply)
+        if reply.code >= 400:
+            self._refuse(reply, datetime.fromtimestamp(now, timezone.utc))
+        self._message = None
+
+    def _refuse(self, reply: Reply, time: datetime) -> None:
+        if self._message is not None:
+            verb, argument = ".", self._message.summary()
+            subject = f"message {argument}"
+        else:
+            subject = self._masked(self._command)
+            verb, _, argument = subject.partition(" ")
             verb = verb.upper()
-        if self._envelope is not None:
-            verb, argument = ".", self._envelope.summary()
-        now = datetime.fromtimestamp(self._now, timezone.utc)
-        refusal = Refusal(now, self.peer, verb, argument, reply)
-        self._shared.report_refusal(refusal, self._refusal_detail)
+            if not (verb.isascii() and verb.isalpha()):
+                verb, argument = "", subject
+        text = escape_unprintable(str(reply)) + self.detail
+        log.warning("%s: %s refused: %s", self._peer, subject or "empty line", text)
+        if self._on_refusal is not None:
+            try:
+                self._on_refusal(Refusal(time, self._peer, verb, argument, reply))
+            except Exception:  # the client gets its reply all the same
+                log.exception("%s: on_refusal failed", self._peer)
 
     def _masked(self, line: str) -> str:
         """Return the line without secrets, such as the arguments of AUTH."""
         words = line.split()
         if words and "AUTH" in words[0].upper():
-            shown = ["AUTH"]
-            if len(words) > 1 and _is_mechanism(words[1]):
-                shown.append(words[1].upper())
-            if len(words) > len(shown):
-                shown.append("***")
-            return " ".join(shown)
+            mechanisms = [word.upper() for word in words[1:2] if word.upper() in SASL_MECHANISMS]
+            secrets = ["***"] if len(words) > 1 + len(mechanisms) else []
+            return " ".join(["AUTH", *mechanisms, *secrets])
         # A client may send a response after the exchange has failed.
-        if self._auth_seen and words and words[0].upper() not in _COMMANDS:
+        if self._auth_seen and words and words[0].upper() not in COMMANDS:
             return "***"
         return escape_unprintable(line)
 
-    # Failure rules
+    def disconnected(self) -> None:
+        """The client has closed the connection without QUIT."""
+        if self._message is not None:
+            summary = self._message.summary()
+            log.warning("%s: Disconnected before the reply to %s", self._peer, summary)
 
-    def _apply_rules(self, verb: str, get_text: Callable[[], str], proceed: State) -> Action | None:
-        """Return the first action of the matching rules, or proceed() if none matches.
-
-        If a rule replies, proceed() is not called, and the session stays in its current state.
-        """
-        actions = self._shared.rules.matching_actions(verb, get_text, self.peer)
-        return self._next_rule_action(actions, self._state, proceed)
-
-    def _next_rule_action(
-        self, actions: list[RuleAction], resume: State, proceed: State
-    ) -> Action | None:
-        """State: return the actions one by one, then proceed() if all of them were delays."""
-        self._state = resume
-        if not actions:
-            return proceed()
-        if len(actions) > 1 or isinstance(actions[0], Delay):
-            self._state = partial(self._next_rule_action, actions[1:], resume, proceed)
-        return actions[0]
-
-    # The greeting
-
-    def _connect(self) -> Action | None:
-        self._state = self._reject_command  # for a rule that refuses the client
-        address = self.peer.rpartition(":")[0].strip("[]")
-        self._command = f"CONNECT {address}"
-        return self._apply_rules("CONNECT", lambda: address, self._send_greeting)
-
-    def _send_greeting(self) -> Reply:
-        self._warn_if_pipelined("the greeting")
-        self._state = self._read_first_command
-        return GREETING
-
-    def _reject_command(self) -> Reply | None:
-        """State: allow only QUIT, because the greeting was a refusal (RFC 5321 section 3.1)."""
-        line = self._read_line()
-        if line is None:
-            return None
-        self._begin_command(line.decode("utf-8", "replace").rstrip())
-        if line.strip().upper() != b"QUIT":
-            raise SMTPError(503, "5.5.1", "Only QUIT is allowed after a refused greeting")
-        return BYE
-
-    # Command lines
-
-    def _read_first_command(self) -> Action | None:
-        """State: recognize a client that expects TLS."""
-        start = bytes(self._buffer[: len(_TLS_HANDSHAKE)])
-        if start == _TLS_HANDSHAKE:
-            hint = "use --tls implicit, or STARTTLS in the client"
-            log.warning("%s: TLS on a plain connection; %s", self.peer, hint)
-            return Close()
-        if _TLS_HANDSHAKE.startswith(start):  # too few octets to tell
-            return None
-        self._state = self._read_command
-        return self._read_command()
-
-    def _read_command(self) -> Action | None:
-        """State: read a command line, and execute the command."""
-        line = self._read_line()
-        if line is None:
-            return None
-        self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
-        if self._line_end == b"\n":
-            self._warn(warning("bare-lf", "after a command"))
-        text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" \t")
-        verb, _, argument = text.partition(" ")
-        # str.upper() converts some letters outside ASCII to ASCII letters.
-        verb = verb.upper() if verb.isascii() else ""
-        self._begin_command(text, verb)
-        return self._execute(verb, argument.lstrip(" "))
-
-    def _execute(self, verb: str, argument: str) -> Action | None:
-        extension = _COMMAND_EXTENSIONS.get(verb)
-        is_disabled = extension is not None and extension not in self.config.extensions
-        if is_disabled or verb in _UNIMPLEMENTED_VERBS:
-            raise SMTPError(502, "5.5.1", "Command not implemented")
-        if verb == "BDAT":  # applies the rules when it knows the size of the chunk
-            return self._bdat(argument)
-        if verb in _COMMANDS:
-            command = partial(self._run_command, verb, argument)
-            return self._apply_rules(verb, lambda: rule_text(argument), command)
-        if verb in _HTTP_VERBS:
-            raise SMTPError(421, "4.7.0", "HTTP request refused")
-        raise SMTPError(500, "5.5.2", "Command not recognized")
-
-    def _run_command(self, verb: str, argument: str) -> Action | None:
-        if "PIPELINING" not in self.config.extensions:
-            self._warn_if_pipelined(f"the reply to {verb}")
-        self._require_permission(verb)
-        if argument and verb in _NO_ARGUMENT:
-            raise SMTPError(501, "5.5.4", "No argument allowed")
-        return _COMMANDS[verb](self, argument)
-
-    def _require_permission(self, verb: str) -> None:
-        if self.config.tls == "required" and not self.tls and verb not in _ALLOWED_BEFORE_TLS:
-            raise SMTPError(530, "5.7.0", "Must issue a STARTTLS command first")
-        # RFC 4954 section 6
-        if self.config.auth and self.user is None and verb in _REQUIRE_AUTH:
-            raise SMTPError(530, "5.7.0", "Authentication required")
-
-    def _read_line(self) -> bytes | None:
-        """Return the next line with its line end, or None if it is incomplete.
-
-        A bare LF ends a line, so that a person can type a session with netcat. Raises
-        SMTPError at the end of a line that is too long.
-        """
-        end = self._buffer.find(b"\n", self._searched) + 1
-        if end == 0:
-            # The line is already too long without the octets that are discarded here.
-            del self._buffer[MAX_COMMAND_LENGTH:]
-            self._searched = len(self._buffer)
-            return None
-        line = bytes(self._buffer[:end])
-        del self._buffer[:end]
-        self._searched = 0
-        if end > MAX_COMMAND_LENGTH:
-            self._begin_command(f"(line of over {MAX_COMMAND_LENGTH} octets)")
-            raise SMTPError(500, "5.5.2", "Line too long")
-        return line
-
-    def _warn(self, text: str) -> None:
-        """Add a warning about the dialogue to those of the next message."""
-        if text not in self._protocol_warnings:
-            self._protocol_warnings.append(text)
-
-    def _warn_if_pipelined(self, reply: str) -> None:
-        """Warn if data arrived before a reply that the client must wait for."""
-        if self._buffer:
-            self._warn(warning("early-talker", reply))
-
-    # Content
-
-    def _read_content(self, transaction: Transaction) -> Action | None:
-        """State: read content up to the line with a single dot (RFC 5321 section 4.5.2).
-
-        _data() puts the line end of the DATA command back in front of the content, so that
-        each line follows a line end. Only the line end that DATA had is recognized: no other
-        combination of CR, LF and dots can end the message (SMTP smuggling).
-        """
-        buffer, line_end = self._buffer, self._line_end
-        terminator = line_end + b"." + line_end
-        if len(buffer) < len(terminator):
-            return None
-        end = buffer.find(terminator)
-        if end >= 0:
-            self._append_unstuffed(transaction, end + len(line_end))
-            del buffer[: len(b"." + line_end)]
-            del transaction.content[: len(line_end)]
-            self._state = self._read_command
-            return self._end_content(transaction)
-        # A line end in the last octets may be the start of the terminator or of a stuffed dot.
-        possible_start = buffer.find(line_end[:1], len(buffer) - len(terminator) + 1)
-        self._append_unstuffed(transaction, possible_start if possible_start >= 0 else len(buffer))
-        return None
-
-    def _append_unstuffed(self, transaction: Transaction, count: int) -> None:
-        """Move octets from the buffer to the content, and undo dot-stuffing."""
-        octets = self._buffer[:count]
-        del self._buffer[:count]
-        if b"." in octets:  # base64 has none
-            octets = octets.replace(self._line_end + b".", self._line_end)
-        self._append(transaction, octets, overhead=len(self._line_end))
-
-    def _append(self, transaction: Transaction, octets: bytearray, overhead: int = 0) -> None:
-        """Add octets to the content, unless it is too large.
-
-        overhead is how many octets of the content do not belong to the message.
-        """
-        if transaction.error is None:
-            transaction.content += octets
-            transaction.error = self._size_error(len(transaction.content) - overhead)
-            if transaction.error is not None:
-                transaction.content.clear()
-            self._reserve(len(transaction.content))
-
-    def _size_error(self, size: int) -> SMTPError | None:
-        """Return the error for a message of this size, if it is too large."""
-        if 0 < self.config.max_size < size:
-            return SMTPError(552, "5.3.4", "Message exceeds the maximum size")
-        others = self._shared.reserved - self._reserved
-        if others + size > self._shared.content_limit:
-            return SMTPError(452, "4.3.1", "Insufficient storage, try again later")
-        return None
-
-    def _read_chunk(self, transaction: Transaction, last: bool) -> Action | None:
-        """State: read the octets that BDAT announced (RFC 3030 section 2)."""
-        octets = self._buffer[: self._chunk_remaining]
-        del self._buffer[: self._chunk_remaining]
-        self._chunk_remaining -= len(octets)
-        self._append(transaction, octets)
-        if transaction.error is not None:
-            self._state = self._skip_chunk
-            raise transaction.error
-        if self._chunk_remaining:
-            return None
-        self._state = self._read_command
-        return self._end_content(transaction) if last else OK
-
-    def _skip_chunk(self) -> Action | None:
-        """State: discard the octets of a refused chunk; they are not commands."""
-        # Without this chunk, the message is incomplete. Before RCPT there is no message.
-        if self.transaction is not None and self.transaction.rcpt_tos:
-            self._drop_transaction()
-        skipped = min(self._chunk_remaining, len(self._buffer))
-        del self._buffer[:skipped]
-        self._chunk_remaining -= skipped
-        if self._chunk_remaining:
-            return None
-        self._state = self._read_command
-        return self._read_command()
-
-    def _end_content(self, transaction: Transaction) -> Action | None:
-        self.transaction = None
-        if transaction.error is not None:
-            raise transaction.error
-        content = bytes(transaction.content)
-        transaction.content.clear()  # do not hold a large message twice
-        envelope = Envelope(
-            peer=self.peer,
-            helo=self.helo or "",
-            protocol=self._protocol(transaction),
-            tls=self.tls,
-            user=self.user,
-            mail_from=transaction.mail_from,
-            mail_options=transaction.mail_options,
-            rcpt_tos=transaction.rcpt_tos,
-            rcpt_options=transaction.rcpt_options,
-            content=content,
-            received=datetime.fromtimestamp(self._now, timezone.utc),
-            warnings=self._message_warnings(transaction, content),
-        )
-        self._envelope = envelope
-        return self._apply_rules(".", lambda: envelope.subject, partial(self._accept, envelope))
-
-    def _message_warnings(self, transaction: Transaction, content: bytes) -> list[str]:
-        """Return the warnings about the message and the dialogue before it."""
-        warnings = self._protocol_warnings
-        self._protocol_warnings = []
-        addresses = [transaction.mail_from, *transaction.rcpt_tos]
-        domains = [address.rpartition("@")[2] for address in addresses if "@" in address]
-        if "_" in " ".join(domains):
-            warnings.append(warning("address-syntax"))
-        warnings += lint(content, transaction.mail_options)
-        if self.user is not None and self.config.tls is not None and not self.tls:
-            warnings.append(warning("plaintext-auth"))
-        return [text for text in warnings if text.partition(":")[0] not in self.config.ignore]
-
-    def _protocol(self, transaction: Transaction) -> str:
-        """Return the protocol for the Received field (RFC 3848, RFC 6531 section 4.3)."""
-        if "SMTPUTF8" in transaction.mail_options:
-            name = "UTF8SMTP"
-        elif self.extended or self.tls or self.user is not None:
-            name = "ESMTP"
-        else:
-            name = "SMTP"
-        return name + ("S" if self.tls else "") + ("A" if self.user is not None else "")
-
-    def _accept(self, envelope: Envelope) -> Deliver:
-        smtputf8 = "SMTPUTF8" in self.config.extensions
-        if not smtputf8 and not header_section(envelope.content).isascii():
-            raise SMTPError(554, "5.6.7", "Non-ASCII header fields require SMTPUTF8")
-        for text in envelope.warnings:
-            log.warning("%s: %s", self.peer, text)
-        if self.config.strict and envelope.warnings:
-            self._shared.rejected_messages += 1
-            raise SMTPError(554, "5.6.0", envelope.warnings[0])
-        delivery = Deliver(envelope)
-        self._state = partial(self._end_delivery, delivery)
-        return delivery
-
-    def _end_delivery(self, delivery: Deliver) -> Reply:
-        """State: the connection has performed the delivery."""
-        self._state = self._read_command
-        if delivery.reply.code < 400:
-            self._has_accepted_message = True
-        return delivery.reply
-
-    # Commands: one method for each verb. Each returns its reply or raises SMTPError, except that
-    # _bdat() returns the first action of its chunk, or None if the octets have not arrived.
-
-    def _ehlo(self, argument: str) -> Reply:
-        self._set_helo("EHLO", argument)
-        lines = [HOSTNAME, *filter(None, map(self._extension_line, self.config.extensions))]
-        return Reply(250, "", "\n".join(lines))
-
-    def _extension_line(self, keyword: str) -> str:
-        """Return the line of the EHLO reply for an extension, or "" if it is not available."""
-        if keyword == "SIZE":
-            return f"SIZE {self.config.max_size}"
-        if keyword == "STARTTLS" and (self.tls or self.config.tls is None):
-            return ""
-        if keyword == "AUTH":
-            available = self.user is None and (self.tls or self.config.tls != "required")
-            return " ".join(["AUTH", *SASL_MECHANISMS]) if available else ""
-        return keyword
-
-    def _helo(self, argument: str) -> Reply:
-        self._set_helo("HELO", argument)
-        return Reply(250, "", HOSTNAME)
-
-    def _set_helo(self, verb: str, argument: str) -> None:
-        self._warn_if_pipelined(f"the reply to {verb}")
-        if not _HELO_ARGUMENT.fullmatch(argument):
-            raise SMTPError(501, "5.5.4", f"Syntax: {verb} hostname")
-        self._drop_transaction()  # RFC 5321 section 4.1.4
-        self.helo = argument
-        self.extended = verb == "EHLO"
-
-    def _mail(self, argument: str) -> Reply:
-        if self.helo is None:
-            raise SMTPError(503, "5.5.1", "Send EHLO or HELO first")
-        if self.transaction is not None:
-            raise SMTPError(503, "5.5.1", "Nested MAIL command")
-        match = _MAIL_ARGUMENT.fullmatch(argument)
-        if match is None:
-            raise SMTPError(501, "5.5.4", "Syntax: MAIL FROM:<address>")
-        mail_options = self._parse_parameters(match["parameters"], MAIL_PARAMETERS)
-        if is_binary(mail_options) and "BINARYMIME" not in self.config.extensions:
-            raise SMTPError(501, "5.5.4", "Invalid value for parameter BODY")
-        mail_from = ""  # the null reverse-path (RFC 5321 section 4.5.5)
-        if match["path"]:
-            mail_from = parse_mailbox(match["path"], "5.1.7")
-            _require_smtputf8(mail_from, mail_options)
-        if 0 < self.config.max_size < int(mail_options.get("SIZE", 0)):
-            raise SMTPError(552, "5.3.4", "Message exceeds the maximum size")
-        self.transaction = Transaction(mail_from, mail_options)
-        return SENDER_OK
-
-    def _rcpt(self, argument: str) -> Reply:
-        transaction = self.transaction
-        if transaction is None:
-            raise SMTPError(503, "5.5.1", "Send MAIL first")
-        if transaction.chunks:
-            raise SMTPError(503, "5.5.1", "RCPT is not allowed after BDAT")
-        rcpt_arguments = transaction.rcpt_arguments
-        rcpt_arguments += len(argument.encode("utf-8", "surrogateescape"))
-        if len(transaction.rcpt_tos) >= MAX_RECIPIENTS or rcpt_arguments > MAX_RCPT_ARGUMENTS:
-            # RFC 5321 section 4.5.3.1.10
-            raise SMTPError(452, "4.5.3", "Too many recipients")
-        match = _RCPT_ARGUMENT.fullmatch(argument)
-        if match is None:
-            raise SMTPError(501, "5.5.4", "Syntax: RCPT TO:<address>")
-        rcpt_options = self._parse_parameters(match["parameters"], RCPT_PARAMETERS)
-        rcpt_to = parse_mailbox(match["path"], "5.1.3")
-        _require_smtputf8(rcpt_to, transaction.mail_options)
-        _require_smtputf8(rcpt_options.get("ORCPT", ""), transaction.mail_options)
-        transaction.rcpt_arguments = rcpt_arguments
-        transaction.rcpt_tos.append(rcpt_to)
-        transaction.rcpt_options.append(rcpt_options)
-        return RECIPIENT_OK
-
-    def _parse_parameters(self, text: str | None, known: Parameters) -> dict[str, str]:
-        if not text:
-            return {}
-        if not self.extended:
-            raise SMTPError(555, "5.5.4", "Parameters require EHLO")
-        return parse_parameters(text, known, self.config.extensions)
-
-    def _data(self, argument: str) -> Reply:
-        transaction = self._require_recipients()
-        # RFC 3030 sections 2 and 3
-        if transaction.chunks:
-            raise SMTPError(503, "5.5.1", "DATA is not allowed after BDAT")
-        if is_binary(transaction.mail_options):
-            raise SMTPError(503, "5.5.1", "BODY=BINARYMIME requires BDAT")
-        self._warn_if_pipelined("the reply to DATA")
-        self._buffer[:0] = self._line_end  # see _read_content()
-        self._state = partial(self._read_content, transaction)
-        return START_CONTENT
-
-    def _bdat(self, argument: str) -> Action | None:
-        match = _BDAT_ARGUMENT.fullmatch(argument)
-        if match is None:
-            raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
-        # If the command is refused, its octets must be discarded: they are not commands.
-        self._chunk_remaining = int(match["size"])
-        self._state = self._skip_chunk
-        begin_chunk = partial(self._begin_chunk, match["rest"])
-        return self._apply_rules("BDAT", lambda: argument, begin_chunk)
-
-    def _begin_chunk(self, rest: str) -> Action | None:
-        if rest and not re.fullmatch(" +LAST", rest, re.IGNORECASE | re.ASCII):
-            raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
-        self._require_permission("BDAT")
-        transaction = self._require_recipients()
-        error = self._size_error(len(transaction.content) + self._chunk_remaining)
-        if error is not None:
-            raise error
-        transaction.chunks += 1
-        self._state = partial(self._read_chunk, transaction, last=bool(rest))
-        return self._state()
-
-    def _require_recipients(self) -> Transaction:
-        if self.transaction is None or not self.transaction.rcpt_tos:
-            raise SMTPError(503, "5.5.1", "Send MAIL and RCPT first")
-        return self.transaction
-
-    def _rset(self, argument: str) -> Reply:
-        self._drop_transaction()
-        return OK
-
-    def _noop(self, argument: str) -> Reply:
-        return OK
-
-    def _quit(self, argument: str) -> Reply:
-        return BYE
-
-    def _vrfy(self, argument: str) -> Reply:
-        if not argument:
-            raise SMTPError(501, "5.5.4", "Syntax: VRFY address")
-        return CANNOT_VERIFY  # RFC 5321 section 3.5.3
-
-    def _help(self, argument: str) -> Reply:
-        return Reply(214, "2.0.0", "Commands:\n" + " ".join(_COMMANDS))
-
-    def _starttls(self, argument: str) -> Reply:
-        if self.tls:
-            raise SMTPError(503, "5.5.1", "TLS is already active")
-        if self.config.tls is None:
-            self._refusal_detail = " (see --tls)"
-            raise SMTPError(502, "5.5.1", "TLS is not available")
-        self._state = self._begin_tls
-        return READY_FOR_TLS
-
-    def _begin_tls(self) -> StartTLS:
-        """State: start again; the client must send EHLO again (RFC 3207 section 4.2)."""
-        self._buffer.clear()
-        self.tls = True
-        self._drop_transaction()
-        self.helo = self.user = None
-        self._state = self._read_command
-        return StartTLS()
-
-    def _auth(self, argument: str) -> Reply:
-        """AUTH mechanism [initial-response] (RFC 4954 section 4)"""
-        if self.helo is None:
-            raise SMTPError(503, "5.5.1", "Send EHLO or HELO first")
-        if self.transaction is not None:
-            raise SMTPError(503, "5.5.1", "AUTH is not allowed during a mail transaction")
-        if self.user is not None:
-            raise SMTPError(503, "5.5.1", "Already authenticated")
-        name, _, initial_response = argument.partition(" ")
-        initial_response = initial_response.strip()
-        if not name:
-            raise SMTPError(501, "5.5.4", "Syntax: AUTH mechanism [initial-response]")
-        if name.upper() not in SASL_MECHANISMS:
-            raise SMTPError(504, "5.5.4", "Unknown authentication mechanism")
-        exchange = SASL_MECHANISMS[name.upper()]()
-        challenge = next(exchange)
-        if not initial_response:
-            return self._challenge(exchange, challenge)
-        if initial_response == "=":  # an empty initial response
-            initial_response = ""
-        return self._sasl_step(exchange, initial_response.encode("utf-8", "replace"))
-
-    def _challenge(self, exchange: SASLExchange, text: str) -> Reply:
-        self._state = partial(self._read_response, exchange)
-        return Reply(334, "", base64.b64encode(text.encode()).decode())
-
-    def _read_response(self, exchange: SASLExchange) -> Reply | None:
-        """State: read a line of base64, or "*", which cancels (RFC 4954 section 4)."""
-        self._state = self._read_command  # also after a line that is too long
-        line = self._read_line()
-        if line is None:
-            self._state = partial(self._read_response, exchange)
-            return None
-        log.debug("%s C: ***", self.peer)
-        if line.strip() == b"*":
-            raise SMTPError(501, "5.7.0", "Authentication cancelled")
-        return self._sasl_step(exchange, line.strip())
-
-    def _sasl_step(self, exchange: SASLExchange, response: bytes) -> Reply:
-        try:
-            challenge = exchange.send(base64.b64decode(response, validate=True))
-        except StopIteration as end:
-            return self._log_in(*end.value)
-        except ValueError as error:
-            raise SMTPError(501, "5.5.2", "Malformed authentication response") from error
-        return self._challenge(exchange, challenge)
-
-    def _log_in(self, user: bytes, password: bytes) -> Reply:
-        name = user.decode("utf-8", "surrogateescape")
-        expected = self.config.auth.get(name)
-        if not user:  # RFC 4616 section 2: the user name is not empty
-            problem = "empty user name"
-        elif self.config.auth and expected is None:
-            problem = "unknown user"
-        elif self.config.auth and password.decode("utf-8", "surrogateescape") != expected:
-            problem = "wrong password"
-        else:
-            self.user = user.decode("utf-8", "replace")
-            return LOGIN_SUCCEEDED
-        self._refusal_detail = f" (user '{escape_unprintable(name)}': {problem})"
-        raise SMTPError(535, "5.7.8", "Authentication failed")
-
-
-# A new command also belongs in RULE_VERBS; in _NO_ARGUMENT if it has no argument; in EXTENSIONS
-# and _COMMAND_EXTENSIONS if it is part of an extension; and it may belong in _ALLOWED_BEFORE_TLS
-# and _REQUIRE_AUTH.
-_COMMANDS: dict[str, Callable[[Session, str], Action | None]] = {
-    "EHLO": Session._ehlo,
-    "HELO": Session._helo,
-    "MAIL": Session._mail,
-    "RCPT": Session._rcpt,
-    "DATA": Session._data,
-    "BDAT": Session._bdat,
-    "RSET": Session._rset,
-    "NOOP": Session._noop,
-    "QUIT": Session._quit,
-    "VRFY": Session._vrfy,
-    "HELP": Session._help,
-    "STARTTLS": Session._starttls,
-    "AUTH": Session._auth,
-}
-# {command: the extension that it belongs to}
-_COMMAND_EXTENSIONS = {"BDAT": "CHUNKING", "HELP": "HELP", "STARTTLS": "STARTTLS", "AUTH": "AUTH"}
-_ALLOWED_BEFORE_TLS = {"EHLO", "HELO", "NOOP", "RSET", "QUIT", "HELP", "STARTTLS"}
-_REQUIRE_AUTH = {"MAIL", "RCPT", "DATA", "BDAT", "VRFY"}
-# RFC 5321 section 4.2.4: 502 is for commands that the server knows but does not implement.
-_UNIMPLEMENTED_VERBS = {"EXPN", "TURN", "ETRN", "ATRN", "SEND", "SOML", "SAML"}
-# The content type and the version of a TLS record with a ClientHello (RFC 8446 section 5.1)
-_TLS_HANDSHAKE = b"\x16\x03"
-# The first words of HTTP requests: a web page can make a browser send one to any port.
-_HTTP_VERBS = "GET POST PUT HEAD OPTIONS CONNECT DELETE PATCH PRI HOST:".split()
-
-
-def _require_smtputf8(address: str, mail_options: dict[str, str]) -> None:
-    """RFC 6531 section 3.5: an address outside ASCII requires the SMTPUTF8 parameter."""
-    if not address.isascii() and "SMTPUTF8" not in mail_options:
-        raise SMTPError(553, "5.6.7", "Non-ASCII address requires SMTPUTF8")
+    def hint_at_tls(self) -> None:
+        """Say why a client may have left a server without TLS after it had read what it offers."""
+        verbs = self._verbs - {"QUIT"}
+        if verbs and verbs <= {"EHLO", "HELO", "STARTTLS"}:
+            text = "Closed without a message; if the client requires TLS, use --tls"
+            log.info("%s: %s", self._peer, text)
 
 
 # --- Grammar --------------------------------------------------------------------------
@@ -1229,7 +1164,7 @@ Parameters = Mapping[str, tuple[str, str]]
 
 MAIL_PARAMETERS: Parameters = {
     "SIZE": ("SIZE", "=[0-9]{1,20}"),  # RFC 1870 section 3
-    "BODY": ("8BITMIME", "=(?:7BIT|8BITMIME|BINARYMIME)"),  # RFC 6152, RFC 3030 section 3
+    "BODY": ("8BITMIME", "=(?:7BIT|8BITMIME)"),  # RFC 6152
     "SMTPUTF8": ("SMTPUTF8", ""),  # RFC 6531 section 3.4
     "AUTH": ("AUTH", f"={_XTEXT}"),  # RFC 4954 section 5; "<>" is valid xtext
     "RET": ("DSN", "=(?:FULL|HDRS)"),  # RFC 3461 section 4.3
@@ -1261,7 +1196,7 @@ def parse_parameters(text: str, known: Parameters, extensions: Sequence[str]) ->
             raise SMTPError(555, "5.5.4", "Unknown parameter")
         if keyword in parameters:
             raise SMTPError(501, "5.5.4", f"Duplicate parameter {keyword}")
-        if not re.fullmatch(pattern, equals + value, re.IGNORECASE):
+        if not re.fullmatch(pattern, equals + value, re.IGNORECASE | re.ASCII):
             raise SMTPError(501, "5.5.4", f"Invalid value for parameter {keyword}")
         parameters[keyword] = value
     return parameters
@@ -1301,31 +1236,15 @@ def escape_unprintable(text: str) -> str:
     )
 
 
-def format_address(sockname: Any) -> str:
-    """Return the name of a socket as ADDRESS:PORT, with brackets around an IPv6 address.
-
-    sockname is None or empty for a client that has disconnected already.
-    """
-    if not sockname:
-        return "unknown:0"
-    host, port = sockname[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 # --- Failure rules --------------------------------------------------------------------
 
 # What a rule can apply to: the greeting, the commands, and "." for the end of the content.
-RULE_VERBS = (
-    "CONNECT EHLO HELO STARTTLS AUTH MAIL RCPT DATA BDAT . RSET NOOP QUIT VRFY HELP".split()
-)
-
-# What a rule can do
-RuleAction = Reply | Delay | Close
+RULE_VERBS = ["CONNECT", *IMPLEMENTED_VERBS, "."]
 
 
 @dataclass
 class Rule:
-    """A scripted failure; parse_rule() creates it."""
+    """A scripted failure; parse_rule() creates it. Without an action, the command proceeds."""
 
     text: str
     """The rule as it was written."""
@@ -1334,64 +1253,48 @@ class Rule:
     pattern: str
     """A pattern of fnmatch in lower case, for the address of the client (CONNECT), the path
     (MAIL, RCPT), the decoded subject (.), or the argument of other commands."""
-    remaining: float
+    remaining: float = float("inf")
     """How many more times the rule applies."""
-    actions: list[RuleAction]
-    """What to do; [] lets the command proceed. The next rules apply only after a Delay."""
-
-
-# Commands that allow no argument
-_NO_ARGUMENT = {"STARTTLS", "DATA", "RSET", "QUIT"}
-
-_VERB_PATTERN = rf"\s*({'|'.join(map(re.escape, RULE_VERBS))})(?=\s|$)"
-_GLOB_PATTERN = r"\s+(\S+)"
-_COUNT_PATTERN = r"(?:\s+x([1-9][0-9]{0,8})(?=\s|$))?"
-_DELAY_PATTERN = r"delay\s+(?P<delay>[0-9]{1,6}(?:\.[0-9]{1,6})?)"
-_CODE_PATTERN = r"(?P<code>(?P<class>[45])[0-9]{2})"
-_STATUS_PATTERN = r"(?:\s+(?P<status>(?P=class)(?:\.[0-9]{1,3}){2}))?"
-# Not a status code of another class than the code, and not the word drop alone
-_TEXT_PATTERN = r"(?:\s+(?![0-9]\.[0-9])(?!drop\s*$)(?P<text>\S.*?))?"
-_REPLY_PATTERN = rf"{_CODE_PATTERN}{_STATUS_PATTERN}{_TEXT_PATTERN}(?P<drop>\s+drop)?"
-_ACTION_PATTERN = rf"\s+(?:(?P<word>drop|ok)|{_DELAY_PATTERN}|{_REPLY_PATTERN})\s*$"
+    delay: float | None = None
+    """Action: wait this many seconds; then the next rule applies."""
+    reply: Reply | None = None
+    """Action: reply with an error."""
+    drop: bool = False
+    """Action: close the connection, after the reply if there is one."""
 
 
 def parse_rule(text: str) -> Rule:
     """VERB GLOB [ "x" N ] ( CODE [ x.y.z ] [ text ] [ "drop" ] / "delay" SECONDS / "drop" / "ok" )
 
-    Raises ValueError; its text marks the place that does not parse with >>> and <<<.
+    Raises ValueError; its text says what is wrong and what is possible.
     """
-    position = 0
-
-    def error(expected: str) -> ValueError:
-        rest = text[position:].strip() or "nothing"
-        return ValueError(f"rule {text[:position]} >>>{rest}<<< expected {expected}")
-
-    def match_next(pattern: str, expected: str) -> re.Match[str]:
-        nonlocal position
-        match = re.compile(pattern, re.IGNORECASE | re.ASCII).match(text, position)
-        if match is None:
-            raise error(expected)
-        position = match.end()
-        return match
-
-    verb = match_next(_VERB_PATTERN, f"one of {' '.join(RULE_VERBS)}")[1].upper()
-    argument = match_next(_GLOB_PATTERN, "a pattern such as * or *@example.com")
-    pattern = argument[1].lower()
-    if reason := _why_it_never_matches(verb, pattern):
-        position = argument.start()
-        raise error(f"a pattern that can match: {reason}")
-    count = match_next(_COUNT_PATTERN, "a count such as x1")[1]
-    expected = "a code from 400 to 599 [x.y.z of its class] [text], delay SECONDS, drop, or ok"
-    if re.fullmatch("[45][0-9]{2}|delay|drop|ok", pattern):
-        expected += f"; the pattern is missing, as in {verb} * {pattern}"
-    action = match_next(_ACTION_PATTERN, expected)
-    remaining = int(count) if count else float("inf")
-    return Rule(text, verb, pattern, remaining, _rule_actions(action))
+    words = text.split()
+    verb = words[0].upper() if words else ""
+    if verb not in RULE_VERBS:
+        raise ValueError(f"rule '{text}': it must begin with one of {' '.join(RULE_VERBS)}")
+    if len(words) == 1:
+        example = f"'{verb} * 550'"
+        raise ValueError(f"rule '{text}': incomplete; write it in quotes, such as {example}")
+    rule = Rule(text, verb, words[1].lower())
+    if reason := _why_it_never_matches(rule):
+        raise ValueError(f"rule '{text}': the pattern {words[1]} can never match: {reason}")
+    action = words[2:]
+    if action and re.fullmatch("x[1-9][0-9]{0,8}", action[0], re.IGNORECASE):
+        rule.remaining = int(action.pop(0)[1:])
+    try:
+        _set_action(rule, action)
+    except ValueError as error:
+        hint = ""
+        if re.fullmatch("[45][0-9]{2}|x[0-9]+|delay|drop|ok", rule.pattern):
+            hint = f"; the pattern is missing, as in '{verb} * {' '.join(words[1:])}'"
+        raise ValueError(f"rule '{text}': {error}{hint}") from error
+    return rule
 
 
-def _why_it_never_matches(verb: str, pattern: str) -> str:
+def _why_it_never_matches(rule: Rule) -> str:
     """Return why the pattern cannot match any command, or "" if it can."""
-    if verb in _NO_ARGUMENT and not fnmatchcase("", pattern):
+    verb, pattern = rule.verb, rule.pattern
+    if verb in COMMANDS and not COMMANDS[verb].argument and not fnmatchcase("", pattern):
         return f"{verb} has no argument (use *); for the subject of a message, use ."
     if verb == "CONNECT" and re.search("[g-z@]", pattern):
         return "CONNECT has the address of the client, such as 127.0.0.1"
@@ -1400,14 +1303,27 @@ def _why_it_never_matches(verb: str, pattern: str) -> str:
     return ""
 
 
-def _rule_actions(match: re.Match[str]) -> list[RuleAction]:
-    if match["delay"]:
-        return [Delay(float(match["delay"]))]
-    if match["word"]:
-        return [Close()] if match["word"].lower() == "drop" else []
-    status = match["status"] or f"{match['class']}.0.0"
-    error = SMTPError(int(match["code"]), status, match["text"] or "Scripted failure")
-    return [error.reply, Close()] if match["drop"] else [error.reply]
+def _set_action(rule: Rule, words: list[str]) -> None:
+    """Set the action of a rule. Raises ValueError if the words are none."""
+    action, *rest = [word.lower() for word in words] or [""]
+    if action == "delay" and len(rest) == 1 and re.fullmatch("[0-9]{1,6}([.][0-9]{1,6})?", rest[0]):
+        rule.delay = float(rest[0])
+    elif re.fullmatch("[45][0-9]{2}", action):
+        rule.drop = rest[-1:] == ["drop"]
+        rule.reply = _parse_reply(action, words[1:-1] if rule.drop else words[1:])
+    elif action in ("drop", "ok") and not rest:
+        rule.drop = action == "drop"
+    else:
+        found = " ".join(words) or "nothing"
+        expected = "a code from 400 to 599 [x.y.z] [text] [drop], delay SECONDS, drop or ok"
+        raise ValueError(f"expected {expected}, not {found}")
+
+
+def _parse_reply(code: str, words: list[str]) -> Reply:
+    status = f"{code[0]}.0.0"
+    if words and re.match("[0-9][.][0-9]", words[0]):
+        status = words.pop(0)
+    return SMTPError(int(code), status, " ".join(words) or "Scripted failure").reply
 
 
 def rule_text(argument: str) -> str:
@@ -1416,36 +1332,34 @@ def rule_text(argument: str) -> str:
     return match["path"] if match else argument
 
 
-# The program limits how often it logs this, as it does for warnings.
-RULE_APPLIES = "%s: rule %s"
-
-
 class Rules:
     """The failure rules of a server. Raises ValueError for a rule that does not parse."""
 
     def __init__(self, texts: Sequence[str]) -> None:
+        self.replace(texts)
+
+    def replace(self, texts: Sequence[str]) -> None:
+        """Use these rules from now on; from any thread. Raises ValueError as __init__() does."""
         self._rules = [parse_rule(text) for text in texts]
 
-    def matching_actions(
-        self, verb: str, get_text: Callable[[], str], peer: str
-    ) -> list[RuleAction]:
-        """Return the actions of the rules that match: delays, then a Reply, Close, or both.
+    def apply(self, verb: str, get_text: Callable[[], str], peer: str) -> list[Rule]:
+        """Return the rules that apply now: those with a delay, then at most one other.
 
         get_text() returns the text to match with the patterns; it is called only if there is a
         rule for the verb, because decoding a subject is slow. peer is for the log.
         """
-        actions: list[RuleAction] = []
+        applied: list[Rule] = []
         for rule in self._rules:
             if rule.verb != verb or not rule.remaining:
                 continue
             if not fnmatchcase(get_text().lower(), rule.pattern):
                 continue
             rule.remaining -= 1
-            log.info(RULE_APPLIES, peer, rule.text)
-            actions += rule.actions
-            if not any(isinstance(action, Delay) for action in rule.actions):
+            log.info("%s: rule %s", peer, rule.text)
+            applied.append(rule)
+            if rule.delay is None:
                 break
-        return actions
+        return applied
 
 
 # --- Messages -------------------------------------------------------------------------
@@ -1722,11 +1636,6 @@ def header_section(content: bytes) -> bytes:
     return content[: match.start()] if match else content
 
 
-def is_binary(mail_options: Mapping[str, str]) -> bool:
-    """Return whether MAIL had BODY=BINARYMIME: the content need not be lines (RFC 3030)."""
-    return mail_options.get("BODY", "").upper() == "BINARYMIME"
-
-
 # --- Lint -----------------------------------------------------------------------------
 
 # Octets of the content in which the lint searches for the header fields.
@@ -1771,11 +1680,8 @@ def warning(name: str, detail: str = "") -> str:
 
 
 def lint(content: bytes, mail_options: Mapping[str, str]) -> list[str]:
-    """Return what real servers object to in a message, each as the text of a warning.
-
-    The content is searched as a whole, without splitting it into lines.
-    """
-    warnings = [] if is_binary(mail_options) else _lint_lines(content)
+    """Return what real servers object to in a message, each as the text of a warning."""
+    warnings = _lint_lines(content)
     header = header_section(content)
     if "SMTPUTF8" not in mail_options and not header.isascii():
         warnings.append(warning("utf8-header"))
@@ -1789,24 +1695,9 @@ def _lint_lines(content: bytes) -> list[str]:
         warnings.append(warning("bare-lf", "in the content"))
     if content.count(b"\r") > line_ends:
         warnings.append(warning("bare-cr"))
-    if _has_long_line(content):
+    if max(map(len, content.splitlines()), default=0) > _MAX_LINE_LENGTH:
         warnings.append(warning("long-line"))
     return warnings
-
-
-def _has_long_line(content: bytes) -> bool:
-    """Return whether a line has over 998 octets.
-
-    Each search goes backwards from where the longest valid line would end, and so skips the
-    shorter lines before that.
-    """
-    start = 0
-    while start + _MAX_LINE_LENGTH < len(content):
-        end = content.rfind(b"\n", start, start + _MAX_LINE_LENGTH + len("\r\n"))
-        if end < 0:
-            return True
-        start = end + 1
-    return False
 
 
 def _lint_fields(header: bytes) -> list[str]:
@@ -1827,10 +1718,6 @@ def _lint_fields(header: bytes) -> list[str]:
 
 # --- Storage --------------------------------------------------------------------------
 
-# Seconds after which a file in the tmp of a Maildir is a leftover (maildir(5)).
-LEFTOVER_AGE = 36 * 60 * 60
-
-
 # Characters of a folded header line. Each has up to four octets in UTF-8, so that a line has
 # fewer than the 998 octets of RFC 5322 section 2.1.1.
 _FOLD_WIDTH = 240
@@ -1847,11 +1734,8 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
     helo = _UNSAFE_IN_RECEIVED.sub("?", envelope.helo[:255])
     address = envelope.peer.rpartition(":")[0]
     date = format_datetime(envelope.received.replace(microsecond=0))
-    mail_from = envelope.mail_from
-    if not _can_be_folded(mail_from):
-        mail_from = re.sub(" +", " ", mail_from)
     header = [
-        f"Return-Path: <{mail_from}>",  # RFC 5321 section 4.4
+        f"Return-Path: <{envelope.mail_from}>",  # RFC 5321 section 4.4
         f"X-Peer: {envelope.peer}",
         f"X-MailFrom: {_encode_words(envelope.mail_from)}",
         f"X-RcptTo: {_encode_words(', '.join(envelope.rcpt_tos))}",
@@ -1862,40 +1746,50 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
 
 
 def _fold(line: str) -> str:
-    """Fold a header line at spaces (RFC 5322 section 2.2.3), or inside a long word."""
+    """Fold a header line at spaces, or inside a long word (RFC 5322 section 2.2.3)."""
     if len(line) <= _FOLD_WIDTH:
         return line
-    pattern = rf".{{1,{_FOLD_WIDTH}}}(?= |$)|.{{{_FOLD_WIDTH}}}"
-    first, *rest = re.findall(pattern, line)
-    return "\n".join([first, *(part if part.startswith(" ") else f" {part}" for part in rest)])
-
-
-def _can_be_folded(text: str) -> bool:
-    """Return whether no folded line can consist of spaces.
-
-    Some readers take such a line for the end of the header.
-    """
-    # With 200 characters and the name of the field, a line is not folded.
-    return len(text) < 200 or "  " not in text
+    return textwrap.fill(line, _FOLD_WIDTH, subsequent_indent=" ", break_on_hyphens=False)
 
 
 def _encode_words(text: str) -> str:
-    """Return the text as RFC 2047 encoded-words if a header field cannot contain it."""
-    has_long_word = re.search(rf"[^ ]{{{_FOLD_WIDTH}}}", text)
-    if text.isascii() and "=?" not in text and not has_long_word and _can_be_folded(text):
+    """Return the text as RFC 2047 encoded-words if folding would change it."""
+    has_long_word = re.search(rf"[^ ]{{{_FOLD_WIDTH - 20}}}", text)
+    if text.isascii() and "=?" not in text and "  " not in text and not has_long_word:
         return text
-    # An encoded-word has 75 characters at most: 11 characters of up to four octets fit.
-    parts = [text[start : start + 11].encode() for start in range(0, len(text), 11)]
-    return " ".join(f"=?utf-8?b?{base64.b64encode(part).decode()}?=" for part in parts)
+    return email.header.Header(text, "utf-8").encode()
 
 
-class MaildirStore:
-    """Stores messages in a Maildir. Several threads and processes may use the same one.
+def stored_content(envelope: Envelope, key: str) -> bytes:
+    """Return what is stored of a message: the trace header, and the content with LF line ends.
+
+    Bare CRs are kept. An empty line ends the header section, also where the content has none,
+    because many mail readers require it.
+    """
+    header, content = trace_header(envelope, key), envelope.content.replace(b"\r\n", b"\n")
+    if content.startswith(b"\n"):
+        return header + content
+    if not _FIELD_NAME.match(content):  # a body without header fields
+        return b"\n".join([header, content])
+    if b"\n\n" in content:
+        return header + content
+    return header + content + (b"\n" if content.endswith(b"\n") else b"\n\n")
+
+
+def unique_name() -> str:
+    """Return a name for a file in a Maildir, as maildir(5) suggests."""
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    unique = f"M{nanoseconds // 1000:06}P{os.getpid()}R{os.urandom(8).hex()}"
+    return f"{seconds}.{unique}.{HOSTNAME}"
+
+
+class Maildir(mailbox.Maildir):
+    """A mailbox.Maildir whose add() is durable. Several processes may use the same one.
 
     directory is created if it is missing. If it is empty or contains cur or new, its missing
-    folders are created, and files in its tmp that are older than 36 hours are removed. None means
-    the current directory, where missing folders are always created. Raises mailbox.Error for any
-    other directory, which is left unchanged, and for one that cannot be read or written to.
+    folders are created. None means the current directory, where missing folders are always
+    created. Raises mailbox.Error for any other directory, which is left unchanged, and for one
+    that cannot be read or written to.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
@@ -1903,44 +1797,48 @@ class MaildirStore:
         try:
             if directory is not None:
                 _require_maildir(self.path)
-            for name in ("tmp", "new", "cur"):
-                (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-            _require_writable(self.path)
-            if directory is not None:  # the current directory may have other files in tmp
-                _remove_leftovers(self.path)
+            self._create_folders()
         except OSError as error:
             raise mailbox.Error(f"cannot write to {self.path}: {error.strerror}") from error
+        for name in ("tmp", "new", "cur"):
+            if not os.access(self.path / name, os.R_OK | os.W_OK | os.X_OK):
+                raise mailbox.Error(f"cannot write to {self.path / name}: no permission")
+        super().__init__(self.path, create=False)
 
-    def count(self) -> int:
-        """Return the number of messages in the Maildir."""
-        return len(mailbox.Maildir(self.path, create=False))
+    def _create_folders(self) -> None:
+        for name in ("tmp", "new", "cur"):
+            (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def store(self, envelope: Envelope) -> Path:
-        """Store a message, and return its path.
+    def add(self, message: Any, key: str | None = None) -> str:
+        """Store a message, and return its key, which may be given: a unique_name().
 
-        The file is complete and flushed to disk when this returns; after a power failure in
-        the next seconds it may still be in tmp. Raises SMTPError 451 if it cannot be written;
-        nothing is left of it then.
+        Bytes are stored unchanged; other types are stored as mailbox.Maildir does it. When this
+        returns, the file is complete and flushed to disk. Raises OSError if it cannot be
+        written; nothing is left of it then.
         """
-        # mailbox.Maildir.add() leaves a file in tmp when the disk is full, is not safe to use
-        # from several threads, and writes CRLF on Windows.
-        seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-        unique = f"M{nanoseconds // 1000:06}P{os.getpid()}R{os.urandom(8).hex()}"
-        key = f"{seconds}.{unique}.{HOSTNAME}"
+        if not isinstance(message, bytes):
+            return super().add(message)
+        key = key or unique_name()
+        try:
+            self._write(key, message)
+        except FileNotFoundError:  # the directory was removed
+            self._create_folders()
+            self._write(key, message)
+        return key
+
+    def _write(self, key: str, message: bytes) -> None:
         # Operations on Path objects take longer than the system calls.
         tmp, new = os.path.join(self.path, "tmp", key), os.path.join(self.path, "new", key)
         try:
-            _write_file(tmp, *_file_parts(envelope, key))
+            with open(tmp, "xb") as file:
+                file.write(message)
+                file.flush()
+                os.fsync(file.fileno())
             os.rename(tmp, new)
-        except OSError as error:
-            if not os.path.exists(new):  # NFS may report an error for a rename that it has done
-                log.error("Cannot store a message from %s: %s", envelope.peer, error)
-                text = "Cannot store the message, try again later"
-                raise SMTPError(451, "4.3.0", text) from error
-        finally:
-            with contextlib.suppress(OSError):  # after the rename, it is not there
+        except BaseException:
+            with contextlib.suppress(OSError):  # it may not have been created
                 os.unlink(tmp)
-        return Path(new)
+            raise
 
 
 def _require_maildir(path: Path) -> None:
@@ -1955,65 +1853,71 @@ def _require_maildir(path: Path) -> None:
         raise mailbox.Error(f"{path} is not a Maildir: it has no {missing}")
 
 
-def _require_writable(path: Path) -> None:
-    """Raise OSError if no message can be stored in the Maildir."""
-    for name in ("tmp", "new"):
-        test = path / name / f"dsmtpd-{os.urandom(8).hex()}"
-        test.touch()
-        test.unlink()
+class StorageThread:
+    """A thread that stores messages in a Maildir one after another.
 
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove what programs that were killed have left in tmp."""
-    for file in (path / "tmp").iterdir():
-        with contextlib.suppress(OSError):  # another program removes it, or it is a folder
-            if file.stat().st_mtime < time.time() - LEFTOVER_AGE:
-                file.unlink()
-
-
-_BARE_CR = re.compile(rb"\r(?!\n)")
-
-
-def _file_parts(envelope: Envelope, key: str) -> list[bytes]:
-    """Return what to write: the trace header, the content, and an empty line if it lacks one.
-
-    Line ends are LF, the custom in a Maildir, except in BINARYMIME content. Bare CRs are kept.
-    An empty line always ends the header section, because many mail readers require it.
+    More threads would contend for the interpreter lock at every system call.
     """
-    header, content = trace_header(envelope, key), envelope.content
-    line_end = b"\n"
-    if is_binary(envelope.mail_options):
-        first_line = content.partition(b"\n")[0]
-        if first_line.endswith(b"\r"):
-            line_end = b"\r\n"
-            header = header.replace(b"\n", line_end)
-    elif _BARE_CR.search(content):
-        content = content.replace(b"\r\n", b"\n")
-    else:
-        content = content.translate(None, b"\r")  # each CR belongs to a CRLF
-    if content.startswith(line_end):
-        return [header, content]
-    if not _FIELD_NAME.match(content):  # a body without header fields
-        return [header, line_end, content]
-    if line_end * 2 in content:
-        return [header, content]
-    return [header, content, line_end if content.endswith(line_end) else line_end * 2]
+
+    def __init__(self, maildir: Maildir) -> None:
+        self._maildir = maildir
+        self._queue: queue.SimpleQueue[tuple[asyncio.Future[Any], Envelope] | None]
+        self._queue = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="dsmtpd storage", daemon=True).start()
+
+    async def store(self, envelope: Envelope) -> Path:
+        """Store a message, and return its path. Raises SMTPError 451 if it cannot be written."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._queue.put((future, envelope))
+        path: Path = await outcome(future)
+        return path
+
+    def close(self) -> None:
+        """End the thread after the messages that wait."""
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        for future, envelope in iter(self._queue.get, None):
+            set_outcome(future, self._store, envelope)
+
+    def _store(self, envelope: Envelope) -> Path:
+        key = unique_name()
+        try:
+            self._maildir.add(stored_content(envelope, key), key)
+        except OSError as error:
+            log.error("Cannot store a message from %s: %s", envelope.peer, error)
+            text = "Cannot store the message, try again later"
+            raise SMTPError(451, "4.3.0", text) from error
+        return self._maildir.path / "new" / key
 
 
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+def set_outcome(
+    future: asyncio.Future[Any], function: Callable[[Envelope], object], envelope: Envelope
+) -> None:
+    """Run in a thread: call the function with the envelope, and set the result of the future.
 
-
-def _write_file(path: str, *parts: bytes) -> None:
-    """Create a file and flush it to disk. A file object would make more system calls."""
-    descriptor = os.open(path, _NEW_FILE, 0o666)
+    An exception becomes its result as well: asyncio refuses StopIteration as an exception.
+    """
+    result: object
     try:
-        for part in parts:
-            rest = memoryview(part)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        result = function(envelope)
+    except BaseException as error:  # SystemExit too: it ends only this call
+        result = error
+
+    def set_result() -> None:
+        if not future.done():  # it is cancelled when the event loop ends
+            future.set_result(result)
+
+    with contextlib.suppress(RuntimeError):  # the event loop is closed
+        future.get_loop().call_soon_threadsafe(set_result)
+
+
+async def outcome(future: asyncio.Future[Any]) -> Any:
+    """Return or raise what the function of set_outcome() has returned or raised."""
+    result = await future
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 # --- Connection -----------------------------------------------------------------------
@@ -2036,8 +1940,8 @@ class Connection:
     action StartTLS, and for a session that starts with TLS.
 
     interrupt() ends the session when the server stops or the client is idle: it cancels the task,
-    and _close() sends the final reply. A delivery is never cancelled; the session ends after it.
-    abort() is for a client that does not read the final reply.
+    and _close() sends the last reply. A delivery is never cancelled; the session ends after it.
+    abort() is for a client that does not read the last reply.
     """
 
     def __init__(
@@ -2055,17 +1959,14 @@ class Connection:
         self._tls_context = tls_context
         self._unsent = bytearray()  # replies that are not written yet
         self._action: Action | None = None  # the action in progress
-        self._final_reply: Reply | None = None  # the reply that ends the session, from interrupt()
+        self._interrupted = False
+        self._is_closing = False
+        self._last_reply: Reply | None = None  # of the server, when it ends the session
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
         self.last_activity = self._loop.time()
         """When the client last sent something or an action ended, in the time of the event loop."""
         self._idle_timer = self._loop.call_later(IDLE_TIMEOUT, self._check_idle)
-        # asyncio allocates max_size bytes for each read, by default 256 KiB. Other event loops
-        # do not have this attribute.
-        transport: Any = writer.transport
-        with contextlib.suppress(AttributeError):
-            transport.max_size = READ_SIZE
 
     async def run(self) -> None:
         """Serve the client until one side closes the connection."""
@@ -2073,7 +1974,7 @@ class Connection:
             await self._run_session()
         except asyncio.CancelledError:
             # It is not raised again: the task ends here in any case.
-            if self._final_reply is None:  # not by interrupt(): the event loop ends
+            if not self._interrupted:  # the event loop ends
                 self._writer.transport.abort()
         except OSError as error:
             log.debug("%s: %s", self._session.peer, error)
@@ -2084,11 +1985,12 @@ class Connection:
 
     def interrupt(self, reply: Reply) -> None:
         """End the session with this reply; a delivery in progress is finished first."""
-        self._final_reply = reply
+        self._interrupted = True
+        self._last_reply = reply
         if isinstance(self._action, Deliver):
             summary = self._action.envelope.summary()
             log.info("%s: Waiting for the delivery of %s", self._session.peer, summary)
-        elif self._task is not None:
+        elif self._task is not None and not self._is_closing:
             self._task.cancel()
 
     def abort(self) -> None:
@@ -2097,13 +1999,13 @@ class Connection:
             self._writer.transport.abort()
 
     async def _run_session(self) -> None:
-        if self._session.tls:
+        if self._session.tls and self._writer.get_extra_info("ssl_object") is None:
             # Before any other await: the plain reader must not get the ClientHello.
             await self._perform(StartTLS())
         data = b""  # the first call of receive() yields the greeting
         while True:
             await self._process(data)
-            if self._session.ended or self._final_reply is not None:
+            if self._session.ended or self._interrupted:
                 return
             data = await self._reader.read(READ_SIZE)
             if not data:
@@ -2118,7 +2020,7 @@ class Connection:
                 await self._perform(action)
                 continue
             self._unsent += action.encoded
-            if self._final_reply is not None:  # interrupted during a delivery
+            if self._interrupted:  # during a delivery
                 return
             if len(self._unsent) >= WRITE_SIZE:
                 await self._flush()
@@ -2157,35 +2059,18 @@ class Connection:
             raise ConnectionResetError("The client has disconnected")
 
     async def _perform(self, action: Action) -> None:
-        """Perform an action. Close needs nothing: the session is closed already."""
+        """Perform an action. Close needs nothing: the session has ended."""
         self._action = action
         try:
             if isinstance(action, Deliver):
                 action.reply = await self._deliver(action.envelope)
             elif isinstance(action, StartTLS):
                 await self._start_tls()
-            # wait_for() of Python 3.10 and 3.11 can lose a cancellation at the end of a delay.
-            elif isinstance(action, Delay) and self._final_reply is None:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._read_ahead(), action.seconds)
+            elif isinstance(action, Delay):
+                await asyncio.sleep(action.seconds)
         finally:
             self._action = None
             self.last_activity = self._loop.time()
-
-    async def _read_ahead(self) -> None:
-        """During a delay, give the session what the client sends, at most READ_SIZE bytes.
-
-        Never returns. Raises OSError if the client disconnects. A client that has sent more
-        commands may have closed only its side of the connection, and wait for the replies.
-        """
-        remaining = READ_SIZE
-        while remaining and (data := await self._reader.read(remaining)):
-            self._session.feed(data)
-            remaining -= len(data)
-        while True:
-            if not self._session.has_input or self._writer.is_closing():
-                raise ConnectionResetError("The client has disconnected")
-            await asyncio.sleep(1)
 
     async def _start_tls(self) -> None:
         """Replace the streams; bytes that arrived in plain text stay in the old reader.
@@ -2214,8 +2099,6 @@ class Connection:
             # asyncio reports the loss only to the protocol of TLS; wait_closed() would hang.
             plain_protocol.connection_lost(None)
             raise
-        # By default, 512 KiB of replies are kept for a client that does not read.
-        transport.set_write_buffer_limits(READ_SIZE)
         protocol.connection_made(transport)
         self._reader = reader
         self._writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
@@ -2223,11 +2106,9 @@ class Connection:
 
     async def _close(self) -> None:
         """Send the last replies, and close the connection."""
-        self._task = None  # interrupt() has no effect from here on
+        self._is_closing = True
         try:
-            self._session.close(self._final_reply)
-            if self._final_reply is not None:
-                self._unsent += self._final_reply.encoded
+            self._unsent += self._session.end(self._last_reply)
             if self._unsent:
                 self._writer.write(bytes(self._unsent))
         finally:
@@ -2243,7 +2124,7 @@ class Connection:
             self.last_activity = now
         deadline = self.last_activity + IDLE_TIMEOUT
         if deadline <= now:
-            if self._task is None:
+            if self._is_closing:
                 self.abort()  # the client does not read the last reply
             else:
                 self.interrupt(TIMED_OUT)
@@ -2253,23 +2134,32 @@ class Connection:
 
 def _handshake_failure(error: OSError) -> str:
     """Return why a TLS handshake failed, with the likely cause."""
-    import ssl
-
-    reason = ""
+    reason = str(error)  # such as the handshake timeout
     if isinstance(error, ssl.SSLError):
         reason = (error.reason or "").replace("_", " ").lower()
     if reason in ("wrong version number", "http request", "unknown protocol"):
         return f"{reason}; the client sent plain text instead of TLS"
     if "alert" in reason:
         return f"{reason}; the client may not trust the certificate"
-    if reason and "eof" not in reason:
-        return reason
-    if isinstance(error, ConnectionAbortedError) and str(error):  # the handshake timeout
-        return str(error)
-    return (
-        "the client closed the connection; it may not trust the certificate, or it does not use"
-        " TLS and waits for the greeting"
-    )
+    if isinstance(error, ConnectionResetError) or not reason or "eof" in reason:
+        return (
+            "the client closed the connection; it may not trust the certificate, or it does not"
+            " use TLS and waits for the greeting"
+        )
+    return reason
+
+
+def format_address(sockname: Any) -> str:
+    """Return the name of a socket as ADDRESS:PORT, with brackets around an IPv6 address.
+
+    sockname is None or empty for a client that has disconnected already.
+    """
+    if not sockname:
+        return "unknown:0"
+    host, port = sockname[:2]
+    if "." in host:  # an IPv4 client of an IPv6 socket (RFC 4291 section 2.5.5.2)
+        host = host.removeprefix("::ffff:")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 # --- Server ---------------------------------------------------------------------------
@@ -2280,93 +2170,8 @@ MAX_CONNECTIONS = 1000
 # Seconds that clients have to read the last reply when the server stops.
 STOP_TIMEOUT = 0.5
 
-# Seconds that Server.close() waits before it stops listening: asyncio would leave connections
-# open that it has accepted but not yet passed to the server.
-ACCEPT_GRACE = 0.001
-
-# Seconds after which storing a message counts as slow, and the messages that wait for it get
-# threads of their own.
-SLOW_DELIVERY = 0.01
-
-
 # Called with each message: a plain function, or one that returns an awaitable.
 Handler = Callable[[Envelope], object]
-
-
-class StoragePool:
-    """Stores messages in a Maildir by threads, as few as possible.
-
-    One thread stores the waiting messages one after another, because several would contend
-    with the event loop for the interpreter lock at every system call. If a timer expires
-    before the thread has finished, a message is slow, and each message that waits gets a
-    thread of its own, as far as the system has threads. Invariant: while messages wait, the timer
-    runs. Results are set together, so that the event loop wakes up once.
-
-    executor has started one thread already, so that messages are stored even if the system
-    allows no more.
-    """
-
-    def __init__(self, maildir: MaildirStore, executor: concurrent.futures.Executor) -> None:
-        self._maildir = maildir
-        self._executor = executor
-        self._lacks_threads = False
-        self._waiting: deque[tuple[Envelope, asyncio.Future[Path | Exception]]] = deque()
-        self._results: deque[tuple[asyncio.Future[Path | Exception], Path | Exception]] = deque()
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def store(self, envelope: Envelope) -> Path:
-        """Store a message in a thread; return and raise what MaildirStore.store() does."""
-        future: asyncio.Future[Path | Exception] = asyncio.get_running_loop().create_future()
-        self._waiting.append((envelope, future))
-        if self._timer is None:
-            self._start_threads(1)
-        result = await future
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def _start_threads(self, count: int) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(SLOW_DELIVERY, self._on_timer)
-        try:
-            for _ in range(count):
-                self._executor.submit(self._store_waiting, loop)
-        except RuntimeError as error:  # the existing threads store the messages
-            if not self._lacks_threads:
-                log.warning("Storing messages with fewer threads: %s", error)
-            self._lacks_threads = True
-
-    def _store_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run in a thread: store messages until none is left."""
-        with contextlib.suppress(IndexError):  # no message is left
-            while True:
-                envelope, future = self._waiting.popleft()
-                try:
-                    result: Path | Exception = self._maildir.store(envelope)
-                except Exception as error:
-                    result = error
-                self._results.append((future, result))
-        loop.call_soon_threadsafe(self._on_empty)
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        if self._waiting:
-            self._start_threads(len(self._waiting))
-        self._set_results()
-
-    def _on_empty(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._waiting:  # a message that arrived after the thread had ended its loop
-            self._start_threads(1)
-        self._set_results()
-
-    def _set_results(self) -> None:
-        while self._results:
-            future, result = self._results.popleft()
-            if not future.cancelled():
-                future.set_result(result)
 
 
 class Server:
@@ -2378,14 +2183,14 @@ class Server:
     if it raises SMTPError, and 451 for any other exception. Messages are stored in
     config.directory before that. Without a directory, they are stored in the current directory
     if there is no handler, and not at all if there is one.
-    on_message(envelope), plain or async, is called in the event loop with each accepted message,
-    before the reply, and on_refusal(refusal) with each Refusal. Raises TypeError or ValueError
-    for an invalid option.
+    on_message(envelope) is called in the event loop with each accepted message, before the reply,
+    and on_refusal(refusal) with each Refusal. Raises TypeError or ValueError for an invalid
+    option.
 
     These attributes are set once the server has started: host and port are the first address
-    that it listens on, and addresses are all of them. maildir is where messages are stored, or
-    None. cafile is the file of the temporary certificate, for clients that verify it, or None;
-    it exists while the server runs.
+    that it listens on, and addresses are all of them. maildir is the Maildir where messages are
+    stored, or None. cafile is the file of the temporary certificate, for clients that verify it,
+    or None; it exists while the server runs.
     """
 
     def __init__(
@@ -2394,7 +2199,7 @@ class Server:
         /,
         *,
         handler: Handler | None = None,
-        on_message: Handler | None = None,
+        on_message: Callable[[Envelope], object] | None = None,
         on_refusal: Callable[[Refusal], object] | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -2404,24 +2209,30 @@ class Server:
         self.handler = handler
         self.host, self.port = self.config.interface, self.config.port
         self.addresses: list[tuple[str, int]] = []
-        self.maildir: MaildirStore | None = None
+        self.maildir: Maildir | None = None
         self.cafile: str | None = None
-        self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
-        self._threads = concurrent.futures.ThreadPoolExecutor(MAX_CONNECTIONS, "dsmtpd")
-        self._shared = SharedState(self.config, on_refusal)
-        self._pool: StoragePool | None = None
+        self._on_refusal = on_refusal
+        self._rules = Rules(self.config.fail)
+        self._storage: StorageThread | None = None
         self._tls_context: ssl.SSLContext | None = None
-        self._cleanup = contextlib.ExitStack()  # closes the sockets, removes the certificate
+        self._listening = contextlib.ExitStack()  # closes the listening sockets
+        self._cleanup = contextlib.ExitStack()  # removes the certificate, ends the thread
+        self._max_connections = _max_connections()
         self._connections: dict[asyncio.Task[None], Connection] = {}
+        self._started = False
         self._closed = asyncio.Event()
 
     async def start(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen on the addresses of the config, or on sockets that listen already.
 
         Raises OSError if it cannot listen, ValueError for a host name or a certificate that
-        cannot be used, RuntimeError if no thread can be started, and what MaildirStore raises.
+        cannot be used, mailbox.Error for a directory that cannot, and RuntimeError if no thread
+        can be started, or if the server was started before.
         """
+        if self._started:
+            raise RuntimeError("a Server can be started only once; create another one")
+        self._started = True
         with contextlib.ExitStack() as cleanup:
             opened_here = not sockets
             sockets = sockets or listen(self.config)
@@ -2432,18 +2243,14 @@ class Server:
             if self.config.tls is not None:
                 self._tls_context = self._make_tls_context(cleanup)
             if self.handler is None or self.config.directory is not None:
-                # This starts the first thread; later, the system may have none.
-                self.maildir = await asyncio.get_running_loop().run_in_executor(
-                    self._threads, MaildirStore, self.config.directory
-                )
-                self._pool = StoragePool(self.maildir, self._threads)
+                self.maildir = Maildir(self.config.directory)
+                self._storage = StorageThread(self.maildir)
+                cleanup.callback(self._storage.close)
+            self._listening = cleanup.enter_context(contextlib.ExitStack())
             for sock in sockets:
-                listener = await asyncio.start_server(
-                    self._serve_client, sock=sock, backlog=MAX_CONNECTIONS
-                )
-                cleanup.callback(listener.close)
+                await self._accept_clients(sock)
                 if opened_here:  # others, such as systemd, may go on listening on their sockets
-                    cleanup.callback(_stop_listening, sock)
+                    self._listening.callback(_stop_listening, sock)
             self._cleanup = cleanup.pop_all()
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
         self.host, self.port = self.addresses[0]
@@ -2451,56 +2258,55 @@ class Server:
     def _make_tls_context(self, cleanup: contextlib.ExitStack) -> ssl.SSLContext:
         if self.config.cert is not None:
             return make_tls_context(self.config.cert, self.config.key)
-        import tempfile
-
         folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="dsmtpd-"))
         self.cafile, key = make_certificate(folder)
         return make_tls_context(self.cafile, key)
+
+    async def _accept_clients(self, sock: socket.socket) -> None:
+        context = None
+        # uvloop reads from a client before it calls _serve_client(), which cannot start TLS
+        # then. Where asyncio starts it, a failed handshake is not reported.
+        is_uvloop = type(asyncio.get_running_loop()).__module__.startswith("uvloop")
+        if self.config.tls == "implicit" and is_uvloop:
+            context = self._tls_context
+        listener = await asyncio.start_server(
+            # asyncio accepts as many connections at a time as the backlog has.
+            self._serve_client,
+            sock=sock,
+            ssl=context,
+            backlog=self._max_connections // 2,
+        )
+        self._listening.callback(listener.close)
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""
         await self._closed.wait()
 
-    @property
-    def rejected_messages(self) -> int:
-        """How many messages were rejected because of config.strict."""
-        return self._shared.rejected_messages
-
     def fail(self, *rules: str) -> None:
         """Replace the failure rules; from any thread. Raises ValueError as parse_rule() does."""
-        self._shared.rules = Rules(rules)
+        self._rules.replace(rules)
 
-    async def wait_for_clients(self, timeout: float) -> None:
-        """Wait until all clients have disconnected, at most timeout seconds."""
-        if self._connections:
-            await asyncio.wait(self._connections, timeout=timeout)
+    async def close(self, quit_timeout: float = 0.0) -> None:
+        """Stop listening, send 421 to the clients, and wait for deliveries in progress.
 
-    async def wait_for_quit(self, grace: float) -> None:
-        """Wait until the clients that were active in the last `grace` seconds have disconnected.
-
-        Clients that stay connected delay this by at most that time.
+        Before that, the clients that were active in the last quit_timeout seconds have as much
+        time to send QUIT.
         """
-        now = asyncio.get_running_loop().time()
-        active = [
-            task
-            for task, connection in self._connections.items()
-            if connection.last_activity > now - grace
-        ]
-        if active:
-            await asyncio.wait(active, timeout=grace)
-
-    async def close(self) -> None:
-        """Stop listening, send 421 to the clients, and wait for deliveries in progress."""
-        await asyncio.sleep(ACCEPT_GRACE)
-        self._cleanup.close()
+        recently = asyncio.get_running_loop().time() - quit_timeout
+        await _wait_for_tasks(
+            [task for task, client in self._connections.items() if client.last_activity > recently],
+            quit_timeout,
+        )
+        await asyncio.sleep(0)
+        self._listening.close()
         for connection in self._connections.values():
             connection.interrupt(SHUTTING_DOWN)
-        await self.wait_for_clients(STOP_TIMEOUT)
+        await _wait_for_tasks(self._connections, STOP_TIMEOUT)
         while self._connections:  # abort() does not end a delivery
             for connection in self._connections.values():
                 connection.abort()
-            await self.wait_for_clients(STOP_TIMEOUT)
-        self._threads.shutdown()
+            await _wait_for_tasks(self._connections, STOP_TIMEOUT)
+        self._cleanup.close()
         self._closed.set()
 
     async def __aenter__(self) -> Server:
@@ -2514,13 +2320,13 @@ class Server:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         peer = format_address(writer.get_extra_info("peername"))
-        if len(self._connections) >= MAX_CONNECTIONS:
+        session = Session(self.config, peer, self._rules, self._on_refusal)
+        if len(self._connections) >= self._max_connections:
             log.warning("%s: Too many connections", peer)
             if self.config.tls != "implicit":
-                writer.write(TOO_MANY_CONNECTIONS.encoded)
+                writer.write(session.end(TOO_MANY_CONNECTIONS))
             writer.close()
             return
-        session = Session(self.config, peer, self._shared)
         connection = Connection(session, reader, writer, self._deliver, self._tls_context)
         task = asyncio.current_task()
         assert task is not None
@@ -2533,125 +2339,78 @@ class Server:
     async def _deliver(self, envelope: Envelope) -> Reply:
         """Store the message, call the handler, and return the reply to the end of the content."""
         try:
-            if self._pool is not None:
-                envelope = replace(envelope, path=await self._pool.store(envelope))
+            if self._storage is not None:
+                envelope = replace(envelope, path=await self._storage.store(envelope))
             if self.handler is not None:
-                await self._call_handler(self.handler, envelope)
+                await _call_handler(self.handler, envelope)
         except SMTPError as error:
-            if error.reply is DELIVERY_FAILED:  # of the class: __init__() was not called
-                log.exception("%s: The SMTPError of the handler has no reply", envelope.peer)
             return error.reply
-        except asyncio.CancelledError:  # the event loop ends
+        except (asyncio.CancelledError, KeyboardInterrupt):  # the event loop ends
             log.warning("%s: The delivery was cancelled", envelope.peer)
             raise
-        except Exception:
+        except BaseException:  # such as SystemExit, or that of pytest.fail()
             log.exception("%s: Cannot deliver the message", envelope.peer)
             return DELIVERY_FAILED
         if self._on_message is not None:
-            await self._notify(self._on_message, envelope)
+            try:
+                self._on_message(envelope)
+            except Exception:  # the message is delivered: the client must not send it again
+                log.exception("%s: on_message failed", envelope.peer)
         if log.isEnabledFor(logging.INFO):
             log.info("%s: %s", envelope.peer, envelope.summary())
         return MESSAGE_ACCEPTED
 
-    async def _notify(self, on_message: Handler, envelope: Envelope) -> None:
-        try:
-            result = on_message(envelope)
-            if inspect.isawaitable(result):
-                await result
-        except Exception:  # the message is delivered: the client must not send it again
-            log.exception("%s: on_message failed", envelope.peer)
 
-    async def _call_handler(self, handler: Handler, envelope: Envelope) -> None:
-        if self._handler_is_async:
-            result = handler(envelope)
-        else:
-            result = await _call_in_thread(handler, envelope)
-        if inspect.isawaitable(result):
-            await _run_in_task(result)
+async def _call_handler(handler: Handler, envelope: Envelope) -> None:
+    """Call an async handler here, or a plain one in a thread of its own.
 
-
-async def _call_in_thread(handler: Handler, envelope: Envelope) -> object:
-    """Call the handler in a thread of its own; return what it returns.
-
-    The thread is a daemon, so that a handler that never returns does not keep the program
-    from ending. Raises what _handler_result() raises.
+    The thread is a daemon, so that a handler that never returns does not keep the program from
+    ending.
     """
+    if inspect.iscoroutinefunction(handler):
+        result = handler(envelope)
+    else:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        arguments = (future, handler, envelope)
+        threading.Thread(
+            target=set_outcome, args=arguments, name="dsmtpd handler", daemon=True
+        ).start()
+        result = await outcome(future)
+    if inspect.isawaitable(result):
+        await result
+
+
+async def _wait_for_tasks(tasks: Collection[asyncio.Task[None]], timeout: float) -> None:
+    """Wait until the tasks are done, at most timeout seconds.
+
+    A timer of the event loop would never expire in a test that has stopped the clock.
+    """
+    if not tasks or not timeout:
+        return
+    waiting = asyncio.ensure_future(asyncio.wait(tasks))
     loop = asyncio.get_running_loop()
-    returned = asyncio.Event()
-    outcome: concurrent.futures.Future[object] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(handler(envelope))
-        except BaseException as error:  # SystemExit too: it ends only this call
-            outcome.set_exception(error)
-        with contextlib.suppress(RuntimeError):  # the event loop is closed
-            loop.call_soon_threadsafe(returned.set)
-
-    try:
-        threading.Thread(target=run, name="dsmtpd handler", daemon=True).start()
-    except RuntimeError as error:
-        log.error("Cannot call the handler: %s", error)
-        raise SMTPError(451, "4.3.0", "Cannot accept the message, try again later") from error
-    await returned.wait()
-    return _handler_result(outcome)
+    timer = threading.Timer(timeout, loop.call_soon_threadsafe, [waiting.cancel])
+    timer.start()
+    await asyncio.wait([waiting])
+    timer.cancel()
 
 
-async def _run_in_task(awaitable: Awaitable[object]) -> None:
-    """Wait for what an async handler returns, in a task of its own.
+def _max_connections() -> int:
+    """Return half of the limit of open files, at most MAX_CONNECTIONS.
 
-    If the handler cancels that task, the connection continues.
-    Raises what _handler_result() raises.
-    """
-    task = asyncio.ensure_future(awaitable)
-    try:
-        await asyncio.wait([task])
-    except asyncio.CancelledError:  # the event loop ends
-        task.cancel()
-        raise
-    _handler_result(task)
-
-
-def _handler_result(outcome: concurrent.futures.Future[object] | asyncio.Future[object]) -> object:
-    """Return what a handler returned.
-
-    Raises the SMTPError that it raised, or RuntimeError for any other exception.
+    Windows has no such limit.
     """
     try:
-        return outcome.result()
-    except SMTPError:
-        raise
-    except BaseException as error:  # such as that of pytest.fail()
-        raise RuntimeError("The handler failed") from error
-
-
-# --- Sockets and certificates ---------------------------------------------------------
+        import resource
+    except ImportError:
+        return MAX_CONNECTIONS
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, limit // 2)
 
 
 def client_host(host: str) -> str:
     """Return the address for clients on this machine of a server that listens on host."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def limit_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
-    """Make an event loop log one line a second while there are too many open files.
-
-    asyncio reports the error for each place in the backlog, and accepts again after a second.
-    """
-    next_time = 0.0
-
-    def on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal next_time
-        error = context.get("exception")
-        if isinstance(error, ValueError) and "Invalid file descriptor" in str(error):
-            return  # the server was closed before asyncio accepts again
-        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
-            loop.default_exception_handler(context)
-        elif loop.time() >= next_time:
-            next_time = loop.time() + 1
-            log.error("Cannot accept connections: %s; trying again", error.strerror)
-
-    loop.set_exception_handler(on_error)
 
 
 def listen(config: Config) -> list[socket.socket]:
@@ -2680,8 +2439,14 @@ def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket
         if sockets:
             port = sockets[0].getsockname()[1]
         address = (host, port, *scope)
+        # The address of all interfaces stands for those of IPv4 as well.
+        dualstack = host == "::" and socket.has_dualstack_ipv6()
         try:
-            sockets.append(socket.create_server(address, family=family, reuse_port=reuse_port))
+            sockets.append(
+                socket.create_server(
+                    address, family=family, reuse_port=reuse_port, dualstack_ipv6=dualstack
+                )
+            )
         except OSError as error:
             errors.append(error)
     unsupported = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -2706,7 +2471,6 @@ def make_tls_context(
 
     Raises ValueError; its text names the file and what is wrong with it.
     """
-    import ssl
 
     def refuse_passphrase() -> str:  # without it, OpenSSL asks for one on the terminal
         raise ValueError("the key is encrypted; use a key without a passphrase")
@@ -2748,8 +2512,6 @@ def make_certificate(directory: str) -> tuple[str, str]:
 
     Raises ValueError if the openssl program fails or is missing.
     """
-    import subprocess
-
     try:
         subprocess.run(OPENSSL_COMMAND.split(), cwd=directory, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -2900,12 +2662,11 @@ def _run_in_thread(server: Server) -> Iterator[None]:
     stopped: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     async def serve() -> None:
-        limit_loop_errors(asyncio.get_running_loop())
-        async with server:
-            started.set_result(None)
-            await asyncio.wrap_future(stopped)
-            # The block may end before the client has got its reply: the inbox is filled first.
-            await server.wait_for_quit(QUIT_GRACE)
+        await server.start()
+        started.set_result(None)
+        await asyncio.wrap_future(stopped)
+        # The block may end before the client has got its reply: the inbox is filled first.
+        await server.close(QUIT_GRACE)
 
     def run() -> None:
         try:
@@ -2927,8 +2688,10 @@ def _run_in_thread(server: Server) -> Iterator[None]:
         if thread.is_alive() and not sys.is_finalizing():
             thread.join(HANDLER_TIMEOUT)
     if thread.is_alive() and not sys.is_finalizing():
-        text = f"the handler {server.handler!r} did not return within {HANDLER_TIMEOUT} s"
-        raise RuntimeError(text)
+        cause = "a message is still being stored"
+        if server.handler not in (None, _discard_message):
+            cause = f"the handler {server.handler!r} has not returned"
+        raise RuntimeError(f"the server did not stop within {HANDLER_TIMEOUT:g} s: {cause}")
 
 
 async def _discard_message(envelope: Envelope) -> None:
@@ -2963,16 +2726,17 @@ def pytest_configure(config: Any) -> None:
 # --- Pages ----------------------------------------------------------------------------
 
 
-class Pages:
-    """Stand-in. Raises OSError."""
+class PageDirectory:
+    """Stand-in for the section of this name. Raises OSError."""
 
-    def __init__(self, directory: str) -> None:
-        os.makedirs(directory, exist_ok=True)
-        self._directory = directory
+    def __init__(self, path: str) -> None:
+        os.makedirs(path, exist_ok=True)
+        self.path = Path(path).absolute()
+        self.url = (self.path / "index.html").as_uri()
 
     def add(self, envelope: Envelope) -> None:
         """Write a page."""
-        with open(os.path.join(self._directory, "list.html"), "a", encoding="utf-8") as file:
+        with open(self.path / "list.html", "a", encoding="utf-8") as file:
             file.write(f"{envelope.subject}\n")
 
 
@@ -3169,8 +2933,6 @@ def _seconds(text: str) -> float:
 
 
 def _rule(text: str) -> str:
-    if not re.search(r"\s", text):  # the shell may have replaced * by the names of files
-        raise argparse.ArgumentTypeError(f"quote the rule, such as '{text} * 550', not {text}")
     try:
         parse_rule(text)
     except ValueError as error:
@@ -3356,8 +3118,10 @@ class _Program:
         self._cleanup = cleanup  # closes the output file, and removes the temporary Maildir
         self._text: _Output | None = None  # --print or --json
         self._pages: _Output | None = None  # --html
+        self._page_url = ""
         self._received = 0  # messages
         self._refused = 0  # commands and messages
+        self._rejected = 0  # messages, by --strict
 
     async def run(self) -> int:
         """Run until the program is stopped; return the exit status."""
@@ -3367,10 +3131,10 @@ class _Program:
         if self._args.command:
             status = await self._run_command(server)
         else:
-            await self._wait_until_stopped(server)
+            await self._wait_until_stopped()
         log.info("Cleaning up")
         handler_returned = await self._close(server)
-        expectation_status = self._check_expectation(server)
+        expectation_status = self._check_expectation()
         status = status or expectation_status
         if not handler_returned:
             self._cleanup.close()
@@ -3411,8 +3175,6 @@ class _Program:
         """Return the config with a Maildir for the command, unless -d or --handler is given."""
         if not self._args.command or self._args.directory or self._args.handler:
             return config
-        import tempfile
-
         directory = tempfile.TemporaryDirectory(prefix="dsmtpd-", ignore_cleanup_errors=True)
         return replace(config, directory=self._cleanup.enter_context(directory))
 
@@ -3424,7 +3186,8 @@ class _Program:
             write = partial(_write_text, file, encoding)
             self._text = _Output(path or "standard output", write)
         if self._args.html:
-            self._pages = _Output(self._args.html, Pages(self._args.html).add)
+            pages = PageDirectory(self._args.html)
+            self._pages, self._page_url = _Output(self._args.html, pages.add), pages.url
 
     async def _announce(self, server: Server) -> None:
         """Log where the server listens and what it does with messages.
@@ -3437,18 +3200,15 @@ class _Program:
         if self._args.handler:
             log.info("Handing the incoming emails to %s", self._args.handler)
         if self._pages is not None:
-            self._log_url_of_pages()
+            log.info("Open %s", self._page_url)
         if server.maildir is not None:
             path = _maildir_path(server)
             log.info("Storing the incoming emails into %s", path)
             # The server listens already, and counting may take a second.
-            count = await asyncio.to_thread(len, mailbox.Maildir(path, create=False))
+            count = await asyncio.to_thread(len, server.maildir)
             log.info("Found a Maildir storage with %s mails", count)
             if server.config.directory is None and _has_other_files(path):
                 log.warning("%s has other files too; -d DIR selects another directory", path)
-
-    def _log_url_of_pages(self) -> None:
-        log.info("Open %s", Path(self._args.html, "index.html").absolute().as_uri())
 
     async def _run_command(self, server: Server) -> int:
         """Run the command; return its exit status as a shell does."""
@@ -3487,18 +3247,18 @@ class _Program:
         """The exit status after a signal: a command that has not run has not succeeded."""
         return 128 + self._signals.number if self._args.command else 0
 
-    async def _wait_until_stopped(self, server: Server) -> None:
+    async def _wait_until_stopped(self) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._signals.stop.wait(), self._args.timeout)
-        if self._args.expect is not None and self._received >= self._args.expect:
-            await server.wait_for_quit(STOP_TIMEOUT)
 
     async def _close(self, server: Server) -> bool:
         """Close the server and the outputs; return False if the handler does not return."""
         # A test run does not wait for its handler forever.
         is_test_run = self._args.command or self._args.expect is not None or self._args.timeout
         timeout = HANDLER_TIMEOUT if is_test_run and self._args.handler else None
-        closing = asyncio.ensure_future(server.close())
+        is_complete = self._args.expect is not None and self._received >= self._args.expect
+        quit_timeout = STOP_TIMEOUT if is_complete else 0.0  # for the client of the last message
+        closing = asyncio.ensure_future(server.close(quit_timeout))
         await asyncio.wait([closing], timeout=timeout)
         if not closing.done():
             name = self._args.handler
@@ -3507,16 +3267,16 @@ class _Program:
             if output is not None:
                 output.close()
         if self._pages is not None and self._args.command and self._received:
-            self._log_url_of_pages()
+            log.info("Open %s", self._page_url)
         return closing.done()
 
-    def _check_expectation(self, server: Server) -> int:
+    def _check_expectation(self) -> int:
         """Return the exit status, and log why it is not 0."""
-        expected, rejected = self._args.expect, server.rejected_messages
+        expected = self._args.expect
         if expected is None:
             return 0
         is_met = self._received == 0 if expected == 0 else self._received >= expected
-        if is_met and not rejected:
+        if is_met and not self._rejected:
             return 0
         text = (
             "Expected messages: %d, arrived: %d, rejected by --strict: %d,"
@@ -3524,7 +3284,7 @@ class _Program:
         )
         if not self._received and not self._refused:
             text += "; the fixture smtpd and Django's test backend do not send to this server"
-        log.error(text, expected, self._received, rejected, self._refused)
+        log.error(text, expected, self._received, self._rejected, self._refused)
         return 1
 
     def _on_message(self, envelope: Envelope) -> None:
@@ -3541,6 +3301,8 @@ class _Program:
 
     def _on_refusal(self, refusal: Refusal) -> None:
         self._refused += 1
+        if refusal.verb == "." and refusal.reply.text.partition(":")[0] in WARNINGS:
+            self._rejected += 1
         self._put_event(
             "refused",
             time=refusal.time.isoformat(),
