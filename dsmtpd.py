@@ -2773,7 +2773,7 @@ looking at messages:
   --html DIR               Write each message as a page into this directory,
                            for a web browser.
   --json                   Print each event as one line of JSON.
-  -o, --output FILE        Append what --print or --json print to this file.
+  -o, --output FILE        Append the output of --print or --json to this file.
   -v, --verbose            Log each session as C: and S: lines.
   -q, --quiet              Log only warnings and errors.
 
@@ -3062,17 +3062,10 @@ class _SignalHandler:
         self.stop = asyncio.Event()
         self.command: asyncio.subprocess.Process | None = None
         """The command, while it runs."""
-        self._loop: asyncio.AbstractEventLoop | None = None
         if hasattr(signal, "SIGCHLD"):
             # If the parent process ignores it, the exit status of the command would be lost.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._install(self._handle)
-
-    def set_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Have signals wake up this event loop."""
-        self._loop = loop
-        if self.number:
-            self.stop.set()
 
     def set_command(self, command: asyncio.subprocess.Process) -> None:
         """Pass signals on to the command, also one that came while it was started."""
@@ -3096,9 +3089,8 @@ class _SignalHandler:
             return
         self._install(signal.SIG_DFL)
         self.number = number
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the event loop is closed
-                self._loop.call_soon_threadsafe(self.stop.set)
+        with contextlib.suppress(RuntimeError):  # no event loop is running
+            asyncio.get_running_loop().call_soon_threadsafe(self.stop.set)
 
 
 def _send_signal(command: asyncio.subprocess.Process, number: int) -> None:
@@ -3125,7 +3117,6 @@ class _Program:
 
     async def run(self) -> int:
         """Run until the program is stopped; return the exit status."""
-        self._signals.set_loop(asyncio.get_running_loop())
         server = await self._start()
         status = 0
         if self._args.command:
@@ -3248,8 +3239,9 @@ class _Program:
         return 128 + self._signals.number if self._args.command else 0
 
     async def _wait_until_stopped(self) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._signals.stop.wait(), self._args.timeout)
+        if not self._signals.number:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._signals.stop.wait(), self._args.timeout)
 
     async def _close(self, server: Server) -> bool:
         """Close the server and the outputs; return False if the handler does not return."""
