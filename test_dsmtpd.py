@@ -3446,7 +3446,7 @@ NOT_ROOT = pytest.mark.skipif(
         (["--handler", "exits:x"], "SystemExit: 5"),
         (["-d", "mail", "--json", "-o", "no/such/folder"], "No such file or directory: 'no/such"),
         (["-d", "mail", "--html", "file"], "file"),
-        pytest.param(["-d", "unreadable"], "Permission denied: ", marks=NOT_ROOT),
+        pytest.param(["-d", "unreadable"], "unreadable/cur", marks=NOT_ROOT),
         (["--", "true"], "No such file or directory: "),
     ],
 )
