@@ -48,7 +48,9 @@ from email.utils import format_datetime
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from urllib.parse import quote, unquote
 
 if TYPE_CHECKING:
     import email.policy
@@ -1470,6 +1472,8 @@ class Attachment:
     """The media type, such as "application/pdf"."""
     content: bytes
     """The decoded content."""
+    content_id: str = ""
+    """The Content-ID without angle brackets (RFC 2392), or ""."""
 
 
 @dataclass(frozen=True)
@@ -1543,10 +1547,22 @@ class Envelope:
     def attachments(self) -> list[Attachment]:
         """The parts that are not text of the message."""
         return [
-            Attachment(_file_name(part), part.get_content_type(), _decode_payload(part))
+            Attachment(
+                _file_name(part),
+                part.get_content_type(),
+                _decode_payload(part),
+                str(part.get("Content-ID", "")).strip("<> "),
+            )
             for part in _leaf_parts(self.email)
             if not _is_text(part)
         ]
+
+    def as_html(self) -> str:
+        """Return the message as one HTML page that needs no other file.
+
+        It is safe to open: the scripts and forms of the message do not work in it.
+        """
+        return page(self)
 
     def summary(self) -> str:
         """Return sender, recipients and subject as one line for the log."""
@@ -1725,6 +1741,240 @@ def header_section(content: bytes) -> bytes:
 def is_binary(mail_options: Mapping[str, str]) -> bool:
     """Return whether MAIL had BODY=BINARYMIME: the content need not be lines (RFC 3030)."""
     return mail_options.get("BODY", "").upper() == "BINARYMIME"
+
+
+# --- Pages ----------------------------------------------------------------------------
+
+# Octets of a content that is shown, and of the data: URLs that are put into its HTML.
+MAX_PAGE_CONTENT = 33_554_432
+
+# The frame inherits the policy. Templates have styles, and images and fonts from the web.
+_HEAD = """\
+<!doctype html>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="referrer" content="no-referrer">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; form-action 'none';
+  base-uri 'none'; img-src data: http: https:; font-src data: http: https:;
+  style-src 'unsafe-inline' data: http: https:">
+<style>
+  :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif;
+          --line: color-mix(in srgb, CanvasText 16%, Canvas);
+          --muted: color-mix(in srgb, CanvasText 64%, Canvas) }
+  body { margin: 0; display: flex; flex-direction: column; overflow-wrap: anywhere }
+"""
+
+_PAGE = Template(f"""\
+{_HEAD}
+  body {{ min-height: 100vh }}
+  header {{ padding: 1rem 1.25rem .75rem }}
+  h1 {{ margin: 0 0 .5rem; font-size: 1.3rem; line-height: 1.3 }}
+  dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 }}
+  dt {{ color: var(--muted) }}
+  dd {{ margin: 0; max-height: 6rem; overflow: auto }}
+  dd > span {{ display: inline-block; margin-right: 1rem }}
+  main {{ flex: 1; display: grid; grid-template: auto 1fr / auto auto auto 1fr }}
+  input {{ position: absolute; opacity: 0 }}
+  label {{ padding: .3rem 1.25rem; cursor: pointer; border-bottom: 3px solid transparent }}
+  :checked + label {{ border-color: LinkText }}
+  :focus-visible + label {{ outline: auto }}
+  label + * {{ display: none; grid-area: 2 / 1 / auto / -1; border-top: 1px solid var(--line) }}
+  :checked + label + * {{ display: block }}
+  iframe {{ width: 100%; height: 100%; min-height: 24rem; border: 0; box-sizing: border-box;
+           background: white; color-scheme: light }}
+  pre {{ margin: 0; padding: 1rem 1.25rem; white-space: pre-wrap;
+        font: 13px/1.5 ui-monospace, monospace }}
+  @media (max-width: 30rem) {{ header {{ font-size: .8rem }} dd {{ max-height: 3.6rem }} }}
+  @media print {{ label {{ display: none }} iframe {{ min-height: 90vh }} }}
+</style>
+<base target="_blank">
+<title>$subject</title>
+<header>
+<h1>$subject</h1>
+<dl>
+$fields
+</dl>
+</header>
+<main>
+$views
+</main>
+""")
+
+# list.html grows by a line for each message, and shows the last line first.
+_LIST = f"""\
+{_HEAD}
+  body {{ flex-direction: column-reverse }}
+  p, a {{ padding: .6rem 1rem; margin: 0; border-bottom: 1px solid var(--line) }}
+  p:not(:only-child) {{ display: none }}
+  a {{ color: CanvasText; text-decoration: none; line-height: 1.4 }}
+  a:visited {{ color: var(--muted) }}
+  a:hover, a:focus {{ background: var(--line) }}
+  time, span {{ color: var(--muted); font-size: .85rem }}
+  time {{ float: right; margin-left: 1rem }}
+  span {{ display: block }}
+  mark {{ padding: 0 .4rem; border-radius: 1rem; white-space: nowrap;
+         color: inherit; background: var(--line) }}
+</style>
+<meta http-equiv="refresh" content="2">
+<base target="message">
+<title>Messages</title>
+<p>No messages yet. Have your application send to the SMTP server dsmtpd, by default
+at 127.0.0.1 port 1025. Each message appears here within two seconds.</p>
+"""
+
+_INDEX = """\
+<!doctype html>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Messages</title>
+<style>
+  :root { color-scheme: light dark }
+  body { margin: 0; height: 100vh; display: grid; gap: 1px;
+         grid-template: 1fr / minmax(18rem, 25%) 1fr;
+         background: color-mix(in srgb, CanvasText 16%, Canvas) }
+  iframe { width: 100%; height: 100%; border: 0; background: Canvas }
+  @media (max-width: 50rem) { body { grid-template: 1fr 2fr / 1fr } }
+</style>
+<iframe src="list.html" title="Messages"></iframe>
+<iframe name="message" title="Message"></iframe>
+"""
+
+# cid-url (RFC 2392 section 2), where it is the value of an attribute or an argument in CSS.
+_CID = re.compile(r"""(?<=["'(=,\s])cid:([^\s"'<>(),]+)""", re.IGNORECASE)
+
+
+def page(envelope: Envelope) -> str:
+    """Return a message as one HTML page that needs no other file, and no script."""
+    fields = {
+        name: html.escape(_field_text(envelope, name))
+        for name in ("From", "To", "Cc", "Reply-To", "Date")
+    }
+    fields["Envelope"] = html.escape(f"{envelope.mail_from} → {', '.join(envelope.rcpt_tos)}")
+    fields["Warnings"] = "<br>".join(map(html.escape, envelope.warnings))
+    if len(envelope.content) > MAX_PAGE_CONTENT:
+        views = {
+            "Text": f"<p>The content of {len(envelope.content):,} bytes is not shown here.</p>"
+        }
+    else:
+        fields["Attachments"] = " ".join(map(_download, envelope.attachments))
+        views = _views(envelope)
+    text = _PAGE.substitute(
+        subject=html.escape(envelope.subject or "(no subject)"),
+        fields="\n".join(f"<dt>{name}<dd>{text}" for name, text in fields.items() if text),
+        views="\n".join(
+            f'<input type="radio" name="view" id="{name}"{"" if number else " checked"}>'
+            f'<label for="{name}">{name}</label>{view}'
+            for number, (name, view) in enumerate(views.items())
+        ),
+    )
+    return text.encode("utf-8", "replace").decode()  # no surrogates
+
+
+def _field_text(envelope: Envelope, name: str) -> str:
+    return str(envelope.email.get(name, ""))
+
+
+def _views(envelope: Envelope) -> dict[str, str]:
+    """Return {name: markup} of what can be selected in a page."""
+    views = {}
+    if envelope.html:
+        document = html.escape(_embed_images(envelope.html, envelope.attachments))
+        views["HTML"] = (
+            '<iframe title="HTML" sandbox="allow-popups allow-popups-to-escape-sandbox"'
+            f' srcdoc="&lt;base target=_blank&gt;{document}"></iframe>'
+        )
+    views["Text"] = f"<pre>{_with_links(envelope.text or parse_html(envelope.html)[0])}</pre>"
+    views["Source"] = f"<pre>{html.escape(envelope.content.decode('utf-8', 'replace'))}</pre>"
+    return views
+
+
+def _data_url(media_type: str, content: bytes) -> str:
+    """Return a data: URL (RFC 2397)."""
+    return f"data:{quote(media_type)};base64,{base64.b64encode(content).decode()}"
+
+
+def _download(attachment: Attachment) -> str:
+    """Return a link that saves an attachment. Its type has no other use for a browser."""
+    url = _data_url("application/octet-stream", attachment.content)
+    name = html.escape(attachment.name)
+    description = html.escape(f"{attachment.type}, {len(attachment.content):,} bytes")
+    return f'<span><a download="{name}" href="{url}">{name or "unnamed"}</a> ({description})</span>'
+
+
+def _embed_images(document: str, attachments: Iterable[Attachment]) -> str:
+    """Replace the URLs of attachments in the markup of a document by their content."""
+    urls = {item.content_id: _data_url(item.type, item.content) for item in attachments}
+    size = 0
+
+    def embed(match: re.Match[str]) -> str:
+        nonlocal size
+        url = urls.get(unquote(match[1]), match[0])
+        size += len(url)
+        return url if size < MAX_PAGE_CONTENT else match[0]
+
+    return _MARKUP.sub(lambda markup: _CID.sub(embed, markup[0]), document)
+
+
+def _with_links(text: str) -> str:
+    """Return a text as HTML with its URLs as links."""
+    parts = []
+    position = 0
+    for url in find_urls(text):
+        start = text.index(url, position)
+        parts += [
+            html.escape(text[position:start]),
+            '<a href="{0}">{0}</a>'.format(html.escape(url)),
+        ]
+        position = start + len(url)
+    return "".join([*parts, html.escape(text[position:])])
+
+
+class PageDirectory:
+    """A directory with a page for each message, and a list of them for a browser.
+
+    Raises OSError if it cannot be created, or not be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self._create()
+        if not os.access(self.path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
+
+    @property
+    def url(self) -> str:
+        """The file: URL of the list beside a message."""
+        return (self.path / "index.html").as_uri()
+
+    def add(self, envelope: Envelope) -> None:
+        """Write the page of a message, and append it to the list. Raises OSError."""
+        self._create()  # it may have been emptied or removed
+        name = f"{envelope.received:%Y%m%d-%H%M%S}-{os.urandom(4).hex()}.html"
+        (self.path / name).write_bytes(envelope.as_html().encode())
+        with open(self.path / "list.html", "ab", buffering=0) as file:
+            file.write(_list_entry(name, envelope).encode("utf-8", "replace"))  # one write
+
+    def _create(self) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(self.path)
+        for name, text in {"index.html": _INDEX, "list.html": _LIST}.items():
+            with contextlib.suppress(FileExistsError), open(self.path / name, "xb") as file:
+                file.write(text.encode())
+
+
+def _list_entry(name: str, envelope: Envelope) -> str:
+    counts = {"attachment": len(envelope.attachments), "warning": len(envelope.warnings)}
+    marks = "".join(
+        f" <mark>{count} {noun}{'s' if count > 1 else ''}</mark>"
+        for noun, count in counts.items()
+        if count
+    )
+    rcpt_tos = ", ".join(envelope.rcpt_tos)
+    return (
+        f'<a href="{name}"><time>{envelope.received.astimezone():%d %b %H:%M}</time>'
+        f"<b>{html.escape(envelope.subject[:200] or '(no subject)')}</b>"
+        f"<span>{html.escape(f'{envelope.mail_from} → {rcpt_tos}'[:200])}{marks}</span></a>\n"
+    )
 
 
 # --- Lint -----------------------------------------------------------------------------
