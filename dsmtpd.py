@@ -1807,7 +1807,6 @@ _LIST = f"""\
   p, a {{ padding: .6rem 1rem; margin: 0; border-bottom: 1px solid var(--line) }}
   p:not(:only-child) {{ display: none }}
   a {{ color: CanvasText; text-decoration: none; line-height: 1.4 }}
-  a:visited {{ color: var(--muted) }}
   a:hover, a:focus {{ background: var(--line) }}
   time, span {{ color: var(--muted); font-size: .85rem }}
   time {{ float: right; margin-left: 1rem }}
@@ -1841,6 +1840,9 @@ _INDEX = """\
 
 # cid-url (RFC 2392 section 2), where it is the value of an attribute or an argument in CSS.
 _CID = re.compile(r"""(?<=["'(=,\s])cid:([^\s"'<>(),]+)""", re.IGNORECASE)
+
+# In the frame, only a new tab can be the target of a link.
+_TARGET = re.compile(r"\starget\s*=", re.IGNORECASE)
 
 
 def page(envelope: Envelope) -> str:
@@ -1878,10 +1880,10 @@ def _views(envelope: Envelope) -> dict[str, str]:
     """Return {name: markup} of what can be selected in a page."""
     views = {}
     if envelope.html:
-        document = html.escape(_embed_images(envelope.html, envelope.attachments))
+        document = html.escape(_framed(envelope.html, envelope.attachments))
         views["HTML"] = (
             '<iframe title="HTML" sandbox="allow-popups allow-popups-to-escape-sandbox"'
-            f' srcdoc="&lt;base target=_blank&gt;{document}"></iframe>'
+            f' srcdoc="{document}"></iframe>'
         )
     views["Text"] = f"<pre>{_with_links(envelope.text or parse_html(envelope.html)[0])}</pre>"
     views["Source"] = f"<pre>{html.escape(envelope.content.decode('utf-8', 'replace'))}</pre>"
@@ -1890,7 +1892,7 @@ def _views(envelope: Envelope) -> dict[str, str]:
 
 def _data_url(media_type: str, content: bytes) -> str:
     """Return a data: URL (RFC 2397)."""
-    return f"data:{quote(media_type)};base64,{base64.b64encode(content).decode()}"
+    return f"data:{quote(media_type, safe='/+')};base64,{base64.b64encode(content).decode()}"
 
 
 def _download(attachment: Attachment) -> str:
@@ -1901,8 +1903,8 @@ def _download(attachment: Attachment) -> str:
     return f'<span><a download="{name}" href="{url}">{name or "unnamed"}</a> ({description})</span>'
 
 
-def _embed_images(document: str, attachments: Iterable[Attachment]) -> str:
-    """Replace the URLs of attachments in the markup of a document by their content."""
+def _framed(document: str, attachments: Iterable[Attachment]) -> str:
+    """Return the HTML of a message with its attached images, whose links open a new tab."""
     urls = {item.content_id: _data_url(item.type, item.content) for item in attachments}
     size = 0
 
@@ -1912,7 +1914,10 @@ def _embed_images(document: str, attachments: Iterable[Attachment]) -> str:
         size += len(url)
         return url if size < MAX_PAGE_CONTENT else match[0]
 
-    return _MARKUP.sub(lambda markup: _CID.sub(embed, markup[0]), document)
+    def edit(markup: re.Match[str]) -> str:
+        return _CID.sub(embed, _TARGET.sub(" data-target=", markup[0]))
+
+    return "<base target=_blank>" + _MARKUP.sub(edit, document)
 
 
 def _with_links(text: str) -> str:
