@@ -1562,7 +1562,7 @@ class Envelope:
 
         It is safe to open: the scripts and forms of the message do not work in it.
         """
-        return page(self)
+        return render_page(self)
 
     def summary(self) -> str:
         """Return sender, recipients and subject as one line for the log."""
@@ -1745,10 +1745,11 @@ def is_binary(mail_options: Mapping[str, str]) -> bool:
 
 # --- Pages ----------------------------------------------------------------------------
 
-# Octets of a content that is shown, and of the data: URLs that are put into its HTML.
+# Octets of a content that a page shows, and of the images in its HTML.
 MAX_PAGE_CONTENT = 33_554_432
 
-# The frame inherits the policy. Templates have styles, and images and fonts from the web.
+# The frame of a message inherits the policy: templates need styles, and images and fonts from
+# the web, and nothing else.
 _HEAD = """\
 <!doctype html>
 <meta charset="utf-8">
@@ -1764,28 +1765,29 @@ _HEAD = """\
   body { margin: 0; display: flex; flex-direction: column; overflow-wrap: anywhere }
 """
 
-_PAGE = Template(f"""\
-{_HEAD}
-  body {{ min-height: 100vh }}
-  header {{ padding: 1rem 1.25rem .75rem }}
-  h1 {{ margin: 0 0 .5rem; font-size: 1.3rem; line-height: 1.3 }}
-  dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 }}
-  dt {{ color: var(--muted) }}
-  dd {{ margin: 0; max-height: 6rem; overflow: auto }}
-  dd > span {{ display: inline-block; margin-right: 1rem }}
-  main {{ flex: 1; display: grid; grid-template: auto 1fr / auto auto auto 1fr }}
-  input {{ position: absolute; opacity: 0 }}
-  label {{ padding: .3rem 1.25rem; cursor: pointer; border-bottom: 3px solid transparent }}
-  :checked + label {{ border-color: LinkText }}
-  :focus-visible + label {{ outline: auto }}
-  label + * {{ display: none; grid-area: 2 / 1 / auto / -1; border-top: 1px solid var(--line) }}
-  :checked + label + * {{ display: block }}
-  iframe {{ width: 100%; height: 100%; min-height: 24rem; border: 0; box-sizing: border-box;
-           background: white; color-scheme: light }}
-  pre {{ margin: 0; padding: 1rem 1.25rem; white-space: pre-wrap;
-        font: 13px/1.5 ui-monospace, monospace }}
-  @media (max-width: 30rem) {{ header {{ font-size: .8rem }} dd {{ max-height: 3.6rem }} }}
-  @media print {{ label {{ display: none }} iframe {{ min-height: 90vh }} }}
+_PAGE = Template(
+    _HEAD
+    + """\
+  body { min-height: 100vh }
+  header { padding: 1rem 1.25rem .75rem }
+  h1 { margin: 0 0 .5rem; font-size: 1.3rem; line-height: 1.3 }
+  dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 }
+  dt { color: var(--muted) }
+  dd { margin: 0; max-height: 6rem; overflow: auto; white-space: pre-wrap }
+  dd > span { display: inline-block; margin-right: 1rem }
+  main { flex: 1; display: grid; grid-template: auto 1fr / auto auto auto 1fr }
+  input { position: absolute; opacity: 0 }
+  label { padding: .3rem 1.25rem; cursor: pointer; border-bottom: 3px solid transparent }
+  :checked + label { border-color: LinkText }
+  :focus-visible + label { outline: auto }
+  iframe { width: 100%; height: 100%; min-height: 24rem; box-sizing: border-box; border: 0;
+           background: white; color-scheme: light }
+  pre { margin: 0; padding: 1rem 1.25rem; white-space: pre-wrap;
+        font: 13px/1.5 ui-monospace, monospace }
+  label + * { display: none; grid-area: 2 / 1 / auto / -1; border-top: 1px solid var(--line) }
+  :checked + label + * { display: block }
+  @media (max-width: 30rem) { header { font-size: .8rem } dd { max-height: 3.6rem } }
+  @media print { label { display: none } iframe { min-height: 90vh } }
 </style>
 <base target="_blank">
 <title>$subject</title>
@@ -1798,34 +1800,48 @@ $fields
 <main>
 $views
 </main>
-""")
+"""
+)
+_VIEW = Template(
+    '<input type="radio" name="view" id="$name" $checked><label for="$name">$name</label>$markup'
+)
+_FRAME = (
+    '<iframe title="HTML" sandbox="allow-popups allow-popups-to-escape-sandbox"'
+    ' srcdoc="{}"></iframe>'
+)
 
-# list.html grows by a line for each message, and shows the last line first.
-_LIST = f"""\
-{_HEAD}
-  body {{ flex-direction: column-reverse }}
-  p, a {{ padding: .6rem 1rem; margin: 0; border-bottom: 1px solid var(--line) }}
-  p:not(:only-child) {{ display: none }}
-  a {{ color: CanvasText; text-decoration: none; line-height: 1.4 }}
-  a:hover, a:focus {{ background: var(--line) }}
-  time, span {{ color: var(--muted); font-size: .85rem }}
-  time {{ float: right; margin-left: 1rem }}
-  span {{ display: block }}
-  mark {{ padding: 0 .4rem; border-radius: 1rem; white-space: nowrap;
-         color: inherit; background: var(--line) }}
+# The list grows at its end, and shows its end first; a new message does not scroll it.
+_LIST = (
+    _HEAD
+    + """\
+  :root { overflow-anchor: none }
+  body { flex-direction: column-reverse }
+  p, a { padding: .6rem 1rem; margin: 0; border-bottom: 1px solid var(--line) }
+  p:not(:only-child) { display: none }
+  a { color: CanvasText; text-decoration: none; line-height: 1.4 }
+  a:hover, a:focus { background: color-mix(in srgb, CanvasText 8%, Canvas) }
+  time, span { color: var(--muted); font-size: .85rem }
+  time { float: right; margin-left: 1rem }
+  span { display: block }
+  mark { padding: 0 .4rem; border-radius: 1rem; white-space: nowrap;
+         color: inherit; background: var(--line) }
 </style>
 <meta http-equiv="refresh" content="2">
 <base target="message">
 <title>Messages</title>
-<p>No messages yet. Have your application send to the SMTP server dsmtpd, by default
-at 127.0.0.1 port 1025. Each message appears here within two seconds.</p>
+<p>No messages yet. Let your application send one to the SMTP server, by default at
+127.0.0.1 port 1025. It appears here within two seconds.</p>
 """
+)
+_ENTRY = Template(
+    '<a href="$name"><time>$time</time><b>$subject</b><span>$envelope$marks</span></a>\n'
+)
 
 _INDEX = """\
 <!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<title>Messages</title>
+<title>dsmtpd</title>
 <style>
   :root { color-scheme: light dark }
   body { margin: 0; height: 100vh; display: grid; gap: 1px;
@@ -1838,38 +1854,30 @@ _INDEX = """\
 <iframe name="message" title="Message"></iframe>
 """
 
-# cid-url (RFC 2392 section 2), where it is the value of an attribute or an argument in CSS.
-_CID = re.compile(r"""(?<=["'(=,\s])cid:([^\s"'<>(),]+)""", re.IGNORECASE)
-
-# In the frame, only a new tab can be the target of a link.
+# cid-url = "cid" ":" content-id (RFC 2392 section 2), in an attribute or in CSS.
+_CID_URL = re.compile(r"""(?<=["'(=,\s])cid:([^\s"'<>(),]+)""", re.IGNORECASE)
 _TARGET = re.compile(r"\starget\s*=", re.IGNORECASE)
 
 
-def page(envelope: Envelope) -> str:
+def render_page(envelope: Envelope) -> str:
     """Return a message as one HTML page that needs no other file, and no script."""
-    fields = {
-        name: html.escape(_field_text(envelope, name))
-        for name in ("From", "To", "Cc", "Reply-To", "Date")
-    }
-    fields["Envelope"] = html.escape(f"{envelope.mail_from} → {', '.join(envelope.rcpt_tos)}")
-    fields["Warnings"] = "<br>".join(map(html.escape, envelope.warnings))
-    if len(envelope.content) > MAX_PAGE_CONTENT:
-        views = {
-            "Text": f"<p>The content of {len(envelope.content):,} bytes is not shown here.</p>"
-        }
-    else:
-        fields["Attachments"] = " ".join(map(_download, envelope.attachments))
+    fields = {name: _field_text(envelope, name) for name in "From To Cc Reply-To Date".split()}
+    fields["Envelope"] = f"{envelope.mail_from} → {', '.join(envelope.rcpt_tos)}"
+    fields["Warnings"] = "\n".join(envelope.warnings)
+    fields = {name: html.escape(text) for name, text in fields.items()}
+    views = {"Text": f"<pre>The content of {len(envelope.content):,} bytes is not shown.</pre>"}
+    if len(envelope.content) <= MAX_PAGE_CONTENT:
+        fields["Attachments"] = "".join(map(_download_link, envelope.attachments))
         views = _views(envelope)
-    text = _PAGE.substitute(
+    page = _PAGE.substitute(
         subject=html.escape(envelope.subject or "(no subject)"),
         fields="\n".join(f"<dt>{name}<dd>{text}" for name, text in fields.items() if text),
         views="\n".join(
-            f'<input type="radio" name="view" id="{name}"{"" if number else " checked"}>'
-            f'<label for="{name}">{name}</label>{view}'
-            for number, (name, view) in enumerate(views.items())
+            _VIEW.substitute(name=name, markup=markup, checked="" if number else "checked")
+            for number, (name, markup) in enumerate(views.items())
         ),
     )
-    return text.encode("utf-8", "replace").decode()  # no surrogates
+    return page.encode("utf-8", "replace").decode()  # surrogates cannot be written
 
 
 def _field_text(envelope: Envelope, name: str) -> str:
@@ -1877,67 +1885,63 @@ def _field_text(envelope: Envelope, name: str) -> str:
 
 
 def _views(envelope: Envelope) -> dict[str, str]:
-    """Return {name: markup} of what can be selected in a page."""
-    views = {}
+    """Return {name: markup} of the views of a message, beginning with the one to show."""
+    text = _with_links(envelope.text or parse_html(envelope.html)[0])
+    source = html.escape(envelope.content.decode("utf-8", "replace"))
+    views = {"Text": f"<pre>{text}</pre>", "Source": f"<pre>{source}</pre>"}
     if envelope.html:
-        document = html.escape(_framed(envelope.html, envelope.attachments))
-        views["HTML"] = (
-            '<iframe title="HTML" sandbox="allow-popups allow-popups-to-escape-sandbox"'
-            f' srcdoc="{document}"></iframe>'
-        )
-    views["Text"] = f"<pre>{_with_links(envelope.text or parse_html(envelope.html)[0])}</pre>"
-    views["Source"] = f"<pre>{html.escape(envelope.content.decode('utf-8', 'replace'))}</pre>"
+        document = html.escape(_frame_document(envelope.html, envelope.attachments))
+        views = {"HTML": _FRAME.format(document), **views}
     return views
 
 
+def _frame_document(document: str, attachments: Iterable[Attachment]) -> str:
+    """Return the HTML of a message with its attached images in it.
+
+    Each link opens a new tab; the frame could not show its target.
+    """
+    urls = {item.content_id: _data_url(item.type, item.content) for item in attachments}
+    size = 0
+
+    def data_url(match: re.Match[str]) -> str:
+        nonlocal size
+        url = urls.get(unquote(match[1]), match[0])
+        size += len(url)
+        return url if size <= MAX_PAGE_CONTENT else match[0]
+
+    def edit(markup: re.Match[str]) -> str:
+        return _CID_URL.sub(data_url, _TARGET.sub(" data-target=", markup[0]))
+
+    return "<base target=_blank>" + _MARKUP.sub(edit, document)
+
+
 def _data_url(media_type: str, content: bytes) -> str:
-    """Return a data: URL (RFC 2397)."""
-    return f"data:{quote(media_type, safe='/+')};base64,{base64.b64encode(content).decode()}"
+    return f"data:{quote(media_type, '/+')};base64,{base64.b64encode(content).decode()}"
 
 
-def _download(attachment: Attachment) -> str:
-    """Return a link that saves an attachment. Its type has no other use for a browser."""
-    url = _data_url("application/octet-stream", attachment.content)
+def _download_link(attachment: Attachment) -> str:
+    url = _data_url("application/octet-stream", attachment.content)  # no browser shows this type
     name = html.escape(attachment.name)
     description = html.escape(f"{attachment.type}, {len(attachment.content):,} bytes")
     return f'<span><a download="{name}" href="{url}">{name or "unnamed"}</a> ({description})</span>'
 
 
-def _framed(document: str, attachments: Iterable[Attachment]) -> str:
-    """Return the HTML of a message with its attached images, whose links open a new tab."""
-    urls = {item.content_id: _data_url(item.type, item.content) for item in attachments}
-    size = 0
-
-    def embed(match: re.Match[str]) -> str:
-        nonlocal size
-        url = urls.get(unquote(match[1]), match[0])
-        size += len(url)
-        return url if size < MAX_PAGE_CONTENT else match[0]
-
-    def edit(markup: re.Match[str]) -> str:
-        return _CID.sub(embed, _TARGET.sub(" data-target=", markup[0]))
-
-    return "<base target=_blank>" + _MARKUP.sub(edit, document)
-
-
 def _with_links(text: str) -> str:
-    """Return a text as HTML with its URLs as links."""
+    """Return a text as HTML, with its URLs as links."""
     parts = []
     position = 0
     for url in find_urls(text):
         start = text.index(url, position)
-        parts += [
-            html.escape(text[position:start]),
-            '<a href="{0}">{0}</a>'.format(html.escape(url)),
-        ]
+        link = html.escape(url)
+        parts += [html.escape(text[position:start]), f'<a href="{link}">{link}</a>']
         position = start + len(url)
     return "".join([*parts, html.escape(text[position:])])
 
 
 class PageDirectory:
-    """A directory with a page for each message, and a list of them for a browser.
+    """A directory with a page for each message, and a list of them to open in a browser.
 
-    Raises OSError if it cannot be created, or not be written.
+    Several servers may share it. Raises OSError if it cannot be created or written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -1948,12 +1952,12 @@ class PageDirectory:
 
     @property
     def url(self) -> str:
-        """The file: URL of the list beside a message."""
+        """The file: URL of the list."""
         return (self.path / "index.html").as_uri()
 
     def add(self, envelope: Envelope) -> None:
-        """Write the page of a message, and append it to the list. Raises OSError."""
-        self._create()  # it may have been emptied or removed
+        """Write the page of a message, and append a line to the list. Raises OSError."""
+        self._create()  # someone may have deleted its files
         name = f"{envelope.received:%Y%m%d-%H%M%S}-{os.urandom(4).hex()}.html"
         (self.path / name).write_bytes(envelope.as_html().encode())
         with open(self.path / "list.html", "ab", buffering=0) as file:
@@ -1968,17 +1972,13 @@ class PageDirectory:
 
 
 def _list_entry(name: str, envelope: Envelope) -> str:
-    counts = {"attachment": len(envelope.attachments), "warning": len(envelope.warnings)}
-    marks = "".join(
-        f" <mark>{count} {noun}{'s' if count > 1 else ''}</mark>"
-        for noun, count in counts.items()
-        if count
-    )
-    rcpt_tos = ", ".join(envelope.rcpt_tos)
-    return (
-        f'<a href="{name}"><time>{envelope.received.astimezone():%d %b %H:%M}</time>'
-        f"<b>{html.escape(envelope.subject[:200] or '(no subject)')}</b>"
-        f"<span>{html.escape(f'{envelope.mail_from} → {rcpt_tos}'[:200])}{marks}</span></a>\n"
+    counts = {"Attachments": len(envelope.attachments), "Warnings": len(envelope.warnings)}
+    return _ENTRY.substitute(
+        name=name,
+        time=f"{envelope.received.astimezone():%d %b %H:%M}",
+        subject=html.escape(envelope.subject[:200] or "(no subject)"),
+        envelope=html.escape(f"{envelope.mail_from} → {', '.join(envelope.rcpt_tos)}"[:200]),
+        marks="".join(f" <mark>{noun}: {count}</mark>" for noun, count in counts.items() if count),
     )
 
 
