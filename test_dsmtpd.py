@@ -896,6 +896,7 @@ CHROMIUM = shutil.which("google-chrome") or shutil.which("chromium") or ""
 
 def page_message(text: str = "Text", document: str = "<p>HTML</p>") -> Envelope:
     """Return a message with the text in every place of a page, an image and an attachment."""
+    name = urllib.parse.quote(f"file {text}.svg", "")
     message = mime(
         f"Subject: {text}",
         f"From: {text}",
@@ -917,7 +918,7 @@ def page_message(text: str = "Text", document: str = "<p>HTML</p>") -> Envelope:
         PNG,
         "--X",
         "Content-Type: image/svg+xml",
-        f"Content-Disposition: attachment; filename*=utf-8''file%20{urllib.parse.quote(text, '')}.svg",
+        f"Content-Disposition: attachment; filename*=utf-8''{name}",
         "",
         "<svg/>",
         "--X--",
