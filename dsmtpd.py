@@ -1759,9 +1759,7 @@ _HEAD = """\
   base-uri 'none'; img-src data: http: https:; font-src data: http: https:;
   style-src 'unsafe-inline' data: http: https:">
 <style>
-  :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif;
-          --line: color-mix(in srgb, CanvasText 16%, Canvas);
-          --muted: color-mix(in srgb, CanvasText 64%, Canvas) }
+  :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
   body { margin: 0; display: flex; flex-direction: column; overflow-wrap: anywhere }
 """
 
@@ -1772,9 +1770,9 @@ _PAGE = Template(
   header { padding: 1rem 1.25rem .75rem }
   h1 { margin: 0 0 .5rem; font-size: 1.3rem; line-height: 1.3 }
   dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 }
-  dt { color: var(--muted) }
+  dt { opacity: .65 }
   dd { margin: 0; max-height: 6rem; overflow: auto; white-space: pre-wrap }
-  dd > span { display: inline-block; margin-right: 1rem }
+  dd span { display: inline-block; margin-right: 1rem }
   main { flex: 1; display: grid; grid-template: auto 1fr / auto auto auto 1fr }
   input { position: absolute; opacity: 0 }
   label { padding: .3rem 1.25rem; cursor: pointer; border-bottom: 3px solid transparent }
@@ -1782,9 +1780,8 @@ _PAGE = Template(
   :focus-visible + label { outline: auto }
   iframe { width: 100%; height: 100%; min-height: 24rem; box-sizing: border-box; border: 0;
            background: white; color-scheme: light }
-  pre { margin: 0; padding: 1rem 1.25rem; white-space: pre-wrap;
-        font: 13px/1.5 ui-monospace, monospace }
-  label + * { display: none; grid-area: 2 / 1 / auto / -1; border-top: 1px solid var(--line) }
+  pre { margin: 0; padding: 1rem 1.25rem; white-space: pre-wrap; font: 13px/1.5 monospace }
+  label + * { display: none; grid-area: 2 / 1 / auto / -1; border-top: 1px solid #8885 }
   :checked + label + * { display: block }
   @media (max-width: 30rem) { header { font-size: .8rem } dd { max-height: 3.6rem } }
   @media print { label { display: none } iframe { min-height: 90vh } }
@@ -1805,9 +1802,9 @@ $views
 _VIEW = Template(
     '<input type="radio" name="view" id="$name" $checked><label for="$name">$name</label>$markup'
 )
-_FRAME = (
+_FRAME = Template(
     '<iframe title="HTML" sandbox="allow-popups allow-popups-to-escape-sandbox"'
-    ' srcdoc="{}"></iframe>'
+    ' srcdoc="$document"></iframe>'
 )
 
 # The list grows at its end, and shows its end first; a new message does not scroll it.
@@ -1816,15 +1813,14 @@ _LIST = (
     + """\
   :root { overflow-anchor: none }
   body { flex-direction: column-reverse }
-  p, a { padding: .6rem 1rem; margin: 0; border-bottom: 1px solid var(--line) }
+  p, a { padding: .6rem 1rem; margin: 0; border-bottom: 1px solid #8885 }
   p:not(:only-child) { display: none }
   a { color: CanvasText; text-decoration: none; line-height: 1.4 }
-  a:hover, a:focus { background: color-mix(in srgb, CanvasText 8%, Canvas) }
-  time, span { color: var(--muted); font-size: .85rem }
+  a:hover, a:focus { background: #8882 }
+  time, span { display: block; opacity: .7; font-size: .85rem }
   time { float: right; margin-left: 1rem }
-  span { display: block }
-  mark { padding: 0 .4rem; border-radius: 1rem; white-space: nowrap;
-         color: inherit; background: var(--line) }
+  mark { padding: 0 .4rem; border-radius: 1rem; background: #8884; color: inherit;
+         white-space: nowrap }
 </style>
 <meta http-equiv="refresh" content="2">
 <base target="message">
@@ -1844,10 +1840,8 @@ _INDEX = """\
 <title>dsmtpd</title>
 <style>
   :root { color-scheme: light dark }
-  body { margin: 0; height: 100vh; display: grid; gap: 1px;
-         grid-template: 1fr / minmax(18rem, 25%) 1fr;
-         background: color-mix(in srgb, CanvasText 16%, Canvas) }
-  iframe { width: 100%; height: 100%; border: 0; background: Canvas }
+  body { margin: 0; height: 100vh; display: grid; grid-template: 1fr / minmax(18rem, 25%) 1fr }
+  iframe { width: 100%; height: 100%; border: 0; outline: 1px solid #8885 }
   @media (max-width: 50rem) { body { grid-template: 1fr 2fr / 1fr } }
 </style>
 <iframe src="list.html" title="Messages"></iframe>
@@ -1891,7 +1885,7 @@ def _views(envelope: Envelope) -> dict[str, str]:
     views = {"Text": f"<pre>{text}</pre>", "Source": f"<pre>{source}</pre>"}
     if envelope.html:
         document = html.escape(_frame_document(envelope.html, envelope.attachments))
-        views = {"HTML": _FRAME.format(document), **views}
+        views = {"HTML": _FRAME.substitute(document=document), **views}
     return views
 
 
