@@ -1520,6 +1520,10 @@ class Envelope:
         assert isinstance(message, email.message.EmailMessage)
         return message
 
+    def header(self, name: str) -> str:
+        """Return the text of the first header field with this name; "" if there is none."""
+        return str(self.email.get(name, ""))
+
     @cached_property
     def subject(self) -> str:
         """The decoded Subject field as one line; "" if there is none."""
@@ -1855,7 +1859,7 @@ _TARGET = re.compile(r"\starget\s*=", re.IGNORECASE)
 
 def render_page(envelope: Envelope) -> str:
     """Return a message as one HTML page that needs no other file, and no script."""
-    fields = {name: _field_text(envelope, name) for name in "From To Cc Reply-To Date".split()}
+    fields = {name: envelope.header(name) for name in "From To Cc Reply-To Date".split()}
     fields["Envelope"] = f"{envelope.mail_from} → {', '.join(envelope.rcpt_tos)}"
     fields["Warnings"] = "\n".join(envelope.warnings)
     fields = {name: html.escape(text) for name, text in fields.items()}
@@ -1874,15 +1878,11 @@ def render_page(envelope: Envelope) -> str:
     return page.encode("utf-8", "replace").decode()  # surrogates cannot be written
 
 
-def _field_text(envelope: Envelope, name: str) -> str:
-    return str(envelope.email.get(name, ""))
-
-
 def _views(envelope: Envelope) -> dict[str, str]:
     """Return {name: markup} of the views of a message, beginning with the one to show."""
-    text = _with_links(envelope.text or parse_html(envelope.html)[0])
+    text = envelope.text if envelope.text.strip() else parse_html(envelope.html)[0]
     source = html.escape(envelope.content.decode("utf-8", "replace"))
-    views = {"Text": f"<pre>{text}</pre>", "Source": f"<pre>{source}</pre>"}
+    views = {"Text": f"<pre>{_with_links(text)}</pre>", "Source": f"<pre>{source}</pre>"}
     if envelope.html:
         document = html.escape(_frame_document(envelope.html, envelope.attachments))
         views = {"HTML": _FRAME.substitute(document=document), **views}
