@@ -1561,17 +1561,17 @@ class Envelope:
             if not _is_text(part)
         ]
 
+    def summary(self) -> str:
+        """Return sender, recipients and subject as one line for the log."""
+        rcpt_tos = ", ".join(self.rcpt_tos)
+        return escape_unprintable(f"{self.mail_from} -> {rcpt_tos} [{self.subject}]")
+
     def as_html(self) -> str:
         """Return the message as one HTML page that needs no other file.
 
         It is safe to open: the scripts and forms of the message do not work in it.
         """
         return render_page(self)
-
-    def summary(self) -> str:
-        """Return sender, recipients and subject as one line for the log."""
-        rcpt_tos = ", ".join(self.rcpt_tos)
-        return escape_unprintable(f"{self.mail_from} -> {rcpt_tos} [{self.subject}]")
 
 
 # The first Subject field of the header section, with its folded lines.
