@@ -1749,7 +1749,7 @@ def is_binary(mail_options: Mapping[str, str]) -> bool:
 
 # --- Pages ----------------------------------------------------------------------------
 
-# Octets of a content that a page shows, and of the images in its HTML.
+# Bytes of content that a page shows, and of the images that are put into its HTML.
 MAX_PAGE_CONTENT = 33_554_432
 
 # The frame of a message inherits the policy: templates need styles, and images and fonts from
@@ -1772,10 +1772,11 @@ _PAGE = Template(
     + """\
   body { min-height: 100vh }
   header { padding: 1rem 1.25rem .75rem }
-  h1 { margin: 0 0 .5rem; font-size: 1.3rem; line-height: 1.3 }
-  dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 }
+  h1, dd { margin: 0; max-height: 6rem; overflow: auto }
+  h1 { font-size: 1.3rem; line-height: 1.3 }
+  dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .5rem 0 0 }
   dt { opacity: .65 }
-  dd { margin: 0; max-height: 6rem; overflow: auto; white-space: pre-wrap }
+  dd { white-space: pre-wrap }
   dd span { display: inline-block; margin-right: 1rem }
   main { flex: 1; display: grid; grid-template: auto 1fr / auto auto auto 1fr }
   input { position: absolute; opacity: 0 }
@@ -1854,6 +1855,7 @@ _INDEX = """\
 
 # cid-url = "cid" ":" content-id (RFC 2392 section 2), in an attribute or in CSS.
 _CID_URL = re.compile(r"""(?<=["'(=,\s])cid:([^\s"'<>(),]+)""", re.IGNORECASE)
+# The frame's sandbox lets a link open a new tab, and no other target.
 _TARGET = re.compile(r"\starget\s*=", re.IGNORECASE)
 
 
@@ -1890,10 +1892,7 @@ def _views(envelope: Envelope) -> dict[str, str]:
 
 
 def _frame_document(document: str, attachments: Iterable[Attachment]) -> str:
-    """Return the HTML of a message with its attached images in it.
-
-    Each link opens a new tab; the frame could not show its target.
-    """
+    """Return the HTML of a message with its attached images in it, and links to new tabs."""
     urls = {item.content_id: _data_url(item.type, item.content) for item in attachments}
     size = 0
 
