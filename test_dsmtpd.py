@@ -817,7 +817,7 @@ def test_decoded_parts() -> None:
     both.add_attachment("a text file", filename="notes.txt")
     both.add_attachment(HTML_MESSAGE)
     message = envelope(content=both.as_bytes(policy=email.policy.SMTP))
-    assert message.text == "Grüße"
+    assert message.text == "Grüße\n"
     assert message.html == "<p>Grüße</p>\n"
     assert [(item.name, item.type) for item in message.attachments] == [
         ("notes.txt", "text/plain"),
@@ -890,7 +890,6 @@ PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAACUAAAATAQAAAAA/xvkeAAAADklEQVR42mNYBQIMdCQBDSo/F2KngF4AAAAASUVORK5C"
     "YII="
 )
-# Firefox has no option to print. A snap cannot read temporary files.
 CHROMIUM = shutil.which("google-chrome") or shutil.which("chromium") or ""
 
 
@@ -961,6 +960,11 @@ class PageParser(html.parser.HTMLParser):
 ENTRY = [("a", ["href"]), *((name, []) for name in ("time", "b", "span", "mark", "mark"))]
 
 
+def list_entries(directory: Path) -> PageParser:
+    """Return what has been appended to the list."""
+    return PageParser((directory / "list.html").read_text("utf-8").rpartition("</p>\n")[2])
+
+
 def frame(message: Envelope) -> str:
     """Return the HTML in the frame of the page of a message."""
     (attributes,) = PageParser(message.as_html()).attributes("iframe")
@@ -1019,9 +1023,8 @@ def test_page_escapes_every_text(text: str, tmp_path: Path) -> None:
     assert page.attributes("a")[1]["download"] == page.texts("a")[1] == f"file {text}.svg"
     assert page.texts("pre")[0] == text
     assert frame(message) == f"<p>HTML</p>{text}"
-    directory = dsmtpd.PageDirectory(tmp_path)
-    directory.add(message)
-    entries = PageParser((tmp_path / "list.html").read_text("utf-8").rpartition("</p>\n")[2])
+    dsmtpd.PageDirectory(tmp_path).add(message)
+    entries = list_entries(tmp_path)
     assert entries.structure() == ENTRY
     assert entries.texts("b") == [text]
     assert entries.texts("span") == [f"{text} → {text}, {text}"]
@@ -1103,7 +1106,7 @@ def test_page_directory(tmp_path: Path) -> None:
         servers[number % 2].add(message)
         assert page_list.read_bytes().startswith(before)
     dsmtpd.PageDirectory(path)  # a restart
-    entries = PageParser(page_list.read_text("utf-8").removeprefix(empty))
+    entries = list_entries(path)
     assert entries.texts("b") == ["0", "1", "2"]
     names = [attributes["href"] for attributes in entries.attributes("a")]
     assert all(re.fullmatch(r"20261121-120000-[0-9a-f]{8}\.html", name) for name in names)
@@ -1126,15 +1129,14 @@ def test_concurrent_pages(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    entries = PageParser((tmp_path / "list.html").read_text("utf-8").rpartition("</p>\n")[2])
-    assert entries.structure() == 200 * ENTRY
+    assert list_entries(tmp_path).structure() == 200 * ENTRY
 
 
 def test_page_directory_errors(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     for path in (file, file / "pages"):
-        with pytest.raises(OSError, match=re.escape(str(file))):
+        with pytest.raises(OSError, match="file"):
             dsmtpd.PageDirectory(path)
     directory = dsmtpd.PageDirectory(tmp_path / "pages")
     shutil.rmtree(tmp_path / "pages")
@@ -1164,6 +1166,7 @@ VIEWER = """\
 """
 
 
+# A snap cannot read temporary files.
 @pytest.mark.skipif(not CHROMIUM or "/snap/" in CHROMIUM, reason="needs Chromium")
 def test_pages_in_chromium(tmp_path: Path) -> None:
     directory = dsmtpd.PageDirectory(tmp_path)
@@ -1186,8 +1189,8 @@ def test_pages_in_chromium(tmp_path: Path) -> None:
     result = subprocess.run([CHROMIUM, *arguments], capture_output=True, timeout=60)
     assert b"Subjects: Third,Second,First" in result.stdout
     assert b"The script has run" not in result.stdout
-    drawn = (tmp_path / "viewer.pdf").read_bytes()
-    assert b"/Width 37\n/Height 19\n" in drawn  # the image
+    # The image is drawn: the script has not removed it.
+    assert re.search(rb"/Width 37\s/Height 19\s", (tmp_path / "viewer.pdf").read_bytes())
 
 
 # --- AUTH, STARTTLS, CHUNKING -----------------------------------------------------------------
@@ -4404,7 +4407,7 @@ def test_output_without_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
         await written.close()
 
     run(scenario)
-    assert output.getvalue() == "Grüße"
+    assert output.getvalue() == "Grüße\n"
 
 
 # The last one ignores that the event loop cancels it.
