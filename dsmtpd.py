@@ -1853,10 +1853,10 @@ _INDEX = """\
 <iframe name="message" title="Message"></iframe>
 """
 
-# cid-url = "cid" ":" content-id (RFC 2392 section 2), in an attribute or in CSS.
-_CID_URL = re.compile(r"""(?<=["'(=,\s])cid:([^\s"'<>(),]+)""", re.IGNORECASE)
-# The frame's sandbox lets a link open a new tab, and no other target.
-_TARGET = re.compile(r"\starget\s*=", re.IGNORECASE)
+# cid-url = "cid" ":" content-id (RFC 2392 section 2), where it begins an attribute or an argument
+# in CSS, or follows a comma in srcset
+_CID_URL = re.compile(r"""(["'(=,]\s*)cid:([^\s"'<>(),]+)""", re.IGNORECASE)
+_TARGET_ATTRIBUTE = re.compile(r"(<[^<>]*\s)target(?=\s*=)", re.IGNORECASE)
 
 
 def render_page(envelope: Envelope) -> str:
@@ -1892,20 +1892,22 @@ def _views(envelope: Envelope) -> dict[str, str]:
 
 
 def _frame_document(document: str, attachments: Iterable[Attachment]) -> str:
-    """Return the HTML of a message with its attached images in it, and links to new tabs."""
+    """Return the HTML of a message with its attached images in it.
+
+    Links open a new tab, because the sandbox allows no other target.
+    """
     urls = {item.content_id: _data_url(item.type, item.content) for item in attachments}
     size = 0
 
-    def data_url(match: re.Match[str]) -> str:
+    def embed(match: re.Match[str]) -> str:
         nonlocal size
-        url = urls.get(unquote(match[1]), match[0])
+        before, content_id = match.groups()
+        url = urls.get(unquote(content_id), "")
         size += len(url)
-        return url if size <= MAX_PAGE_CONTENT else match[0]
+        return before + url if url and size <= MAX_PAGE_CONTENT else match[0]
 
-    def edit(markup: re.Match[str]) -> str:
-        return _CID_URL.sub(data_url, _TARGET.sub(" data-target=", markup[0]))
-
-    return "<base target=_blank>" + _MARKUP.sub(edit, document)
+    document = _TARGET_ATTRIBUTE.sub(r"\1data-target", document)
+    return "<base target=_blank>" + _CID_URL.sub(embed, document)
 
 
 def _data_url(media_type: str, content: bytes) -> str:
