@@ -12,6 +12,7 @@ import email.policy
 import email.utils
 import errno
 import hashlib
+import html.parser
 import io
 import json
 import logging
@@ -33,6 +34,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import urllib.parse
 import zipapp
 import zipfile
 from collections.abc import Callable, Iterator
@@ -875,6 +877,316 @@ def test_parse_html(document: str, text: str, urls: list[str]) -> None:
     found_text, found_urls = dsmtpd.parse_html(document)
     assert found_text.replace("\xa0", " ").replace("x</b", "x<b").replace("<b<b", "<b") == text
     assert list(dict.fromkeys(found_urls)) == urls
+
+
+# --- Pages --------------------------------------------------------------------------------
+
+# 37 by 19 pixels
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAACUAAAATAQAAAAA/xvkeAAAADklEQVR42mNYBQIMdCQBDSo/F2KngF4AAAAASUVORK5C"
+    "YII="
+)
+CHROMIUM = shutil.which("google-chrome") or shutil.which("chromium") or ""
+
+
+def page_message(text: str = "Text", document: str = "<p>HTML</p>") -> Envelope:
+    """Return a message with the text in every place of a page, an image and an attachment."""
+    name = urllib.parse.quote(f"file {text}.svg", "")
+    message = mime(
+        f"Subject: {text}",
+        f"From: {text}",
+        f"Date: {text}",
+        "Content-Type: multipart/mixed; boundary=X",
+        "",
+        "--X",
+        "",
+        text,
+        "--X",
+        "Content-Type: text/html",
+        "",
+        document,
+        "--X",
+        "Content-Type: image/png",
+        "Content-ID: <logo+1@x>",
+        "Content-Transfer-Encoding: base64",
+        "",
+        PNG,
+        "--X",
+        "Content-Type: image/svg+xml",
+        f"Content-Disposition: attachment; filename*=utf-8''{name}",
+        "",
+        "<svg/>",
+        "--X--",
+    )
+    return dataclasses.replace(message, mail_from=text, rcpt_tos=[text, text], warnings=[text])
+
+
+class PageParser(html.parser.HTMLParser):
+    """The elements of a page: their attributes and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.is_open = False
+        self.elements: list[tuple[str, dict[str, str], list[str]]] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.is_open = True
+        self.elements.append((tag, {name: value or "" for name, value in attrs}, []))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.is_open = False
+
+    def handle_data(self, data: str) -> None:
+        if self.is_open:
+            self.elements[-1][2].append(data)
+
+    def attributes(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes, _ in self.elements if name == tag]
+
+    def texts(self, tag: str) -> list[str]:
+        return ["".join(data).strip() for name, _, data in self.elements if name == tag]
+
+    def structure(self) -> list[tuple[str, list[str]]]:
+        return [(name, list(attributes)) for name, attributes, _ in self.elements]
+
+
+# A line of the list
+ENTRY = [("a", ["href"]), *((name, []) for name in ("time", "b", "span", "mark", "mark"))]
+
+
+def list_entries(directory: Path) -> PageParser:
+    """Return what has been appended to the list."""
+    return PageParser((directory / "list.html").read_text("utf-8").rpartition("</p>\n")[2])
+
+
+def frame(message: Envelope) -> str:
+    """Return the HTML in the frame of the page of a message."""
+    (attributes,) = PageParser(message.as_html()).attributes("iframe")
+    assert attributes["sandbox"] == "allow-popups allow-popups-to-escape-sandbox"
+    document = attributes["srcdoc"]
+    assert document.startswith("<base target=_blank>")
+    return document.removeprefix("<base target=_blank>")
+
+
+def test_page() -> None:
+    message = page_message("Grüße", "<p>Hello</p>")
+    page = PageParser(message.as_html())
+    assert page.texts("title") == ["Grüße"]
+    fields = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
+    assert fields["From"] == fields["Date"] == fields["Warnings"] == "Grüße"
+    assert fields["Envelope"] == "Grüße → Grüße, Grüße"
+    assert page.texts("label") == ["HTML", "Text", "Source"]
+    assert [
+        attributes["id"] for attributes in page.attributes("input") if "checked" in attributes
+    ] == ["HTML"]
+    assert page.texts("pre") == ["Grüße", message.content.decode()]
+    assert frame(message) == "<p>Hello</p>"
+    policy = " ".join(page.attributes("meta")[3]["content"].split())
+    assert policy == (
+        "default-src 'none'; form-action 'none'; base-uri 'none'; img-src data: http: https:;"
+        " font-src data: http: https:; style-src 'unsafe-inline' data: http: https:"
+    )
+    assert {"name": "referrer", "content": "no-referrer"} in page.attributes("meta")
+    url = "data:application/octet-stream;base64,"
+    assert page.attributes("a") == [
+        {"download": "", "href": url + PNG},
+        {"download": "file Grüße.svg", "href": url + base64.b64encode(b"<svg/>").decode()},
+    ]
+    assert page.texts("a") == ["unnamed", "file Grüße.svg"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<script>alert(1)</script>",
+        "</title></style><img src=x onerror=alert(1)>",
+        '"onclick="alert(1)" a=\'b\' & &lt;',
+        "</pre></iframe></dd><base href=x>",
+        "</textarea>--><!-- ]]>",
+        "javascript:alert(1) data:text/html,x",
+        "$subject ${fields} {} {0} %s \\1",
+        "\u202e\ufffd",
+    ],
+)
+def test_page_escapes_every_text(text: str, tmp_path: Path) -> None:
+    message = page_message(text, f"<p>HTML</p>{text}")
+    page = PageParser(message.as_html())
+    assert page.structure() == PageParser(page_message().as_html()).structure()
+    assert page.texts("h1") == [text]
+    assert page.texts("dd")[-2] == text
+    assert page.attributes("a")[1]["download"] == page.texts("a")[1] == f"file {text}.svg"
+    assert page.texts("pre")[0] == text
+    assert frame(message) == f"<p>HTML</p>{text}"
+    dsmtpd.PageDirectory(tmp_path).add(message)
+    entries = list_entries(tmp_path)
+    assert entries.structure() == ENTRY
+    assert entries.texts("b") == [text]
+    assert entries.texts("span") == [f"{text} → {text}, {text}"]
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        ("<img src='cid:logo+1@x'>", "<img src='URL'>"),
+        ("<img src=CID:logo%2B1%40x>", "<img src=URL>"),
+        ('<img srcset="cid:logo+1@x, cid:logo+1@x 2x">', '<img srcset="URL, URL 2x">'),
+        ("<td background='cid:logo+1@x'>", "<td background='URL'>"),
+        ("<p style='background: url(cid:logo+1@x)'>", "<p style='background: url(URL)'>"),
+        ('<style>p { background: url("cid:logo+1@x") }', '<style>p { background: url("URL") }'),
+        ("<img src=cid:other><img src=cid:>", "<img src=cid:other><img src=cid:>"),
+        ("see cid:logo+1@x, target=_self", "see cid:logo+1@x, target=_self"),
+        ("<a href=x target=_top>", "<a href=x data-target=_top>"),
+        ("<base target=_self>", "<base data-target=_self>"),
+    ],
+)
+def test_html_in_page(document: str, expected: str) -> None:
+    expected = expected.replace("URL", f"data:image/png;base64,{PNG}")
+    assert frame(page_message("Text", document)) == expected
+
+
+def test_page_of_text() -> None:
+    text = "See (https://a.test/?b&c=<d>) or <http://a.test>.\r\nftp://a javascript:b"
+    message = mime("X: y", "", text)
+    page = PageParser(message.as_html())
+    assert page.texts("label") == ["Text", "Source"]
+    assert page.attributes("a") == [{"href": "https://a.test/?b&c="}, {"href": "http://a.test"}]
+    assert "&lt;<a href=" in message.as_html()
+    assert page.texts("h1") == ["(no subject)"]
+    assert page.texts("dt") == ["Envelope", "Warnings"]
+
+
+def test_page_of_html_without_text() -> None:
+    message = mime("Content-Type: text/html", "", "<p>One<p>Two")
+    assert PageParser(message.as_html()).texts("pre")[0] == "One\nTwo"
+
+
+def test_size_of_a_page() -> None:
+    size = dsmtpd.MAX_PAGE_CONTENT
+    page = envelope(content=b"Subject: Large\r\n\r\n".ljust(size + 1, b"x")).as_html()
+    assert "<h1>Large</h1>" in page
+    assert "The content of 33,554,433 bytes is not shown" in page
+    assert len(page) < 10_000
+    images = mime(
+        "Content-Type: multipart/related; boundary=X",
+        "",
+        "--X",
+        "Content-Type: text/html",
+        "",
+        "<img src=cid:a>" * 100,
+        "--X",
+        "Content-ID: <a>",
+        "Content-Type: image/png",
+        "",
+        "x" * 1_000_000,
+        "--X--",
+    )
+    assert size // 2 < len(frame(images)) < size
+
+
+def test_page_can_be_encoded() -> None:
+    assert "? → ?" in envelope(mail_from="\udcff", rcpt_tos=["\udcff"]).as_html()
+
+
+def test_page_directory(tmp_path: Path) -> None:
+    path = tmp_path / "a b" / "pages"
+    servers = [dsmtpd.PageDirectory(path) for _ in range(2)]
+    assert servers[0].url == (path / "index.html").as_uri()
+    page_list = path / "list.html"
+    empty = page_list.read_text("utf-8")
+    assert "No messages yet" in empty
+    messages = [page_message(str(number)) for number in range(3)]
+    for number, message in enumerate(messages):
+        before = page_list.read_bytes()
+        servers[number % 2].add(message)
+        assert page_list.read_bytes().startswith(before)
+    dsmtpd.PageDirectory(path)  # a restart
+    entries = list_entries(path)
+    assert entries.texts("b") == ["0", "1", "2"]
+    names = [attributes["href"] for attributes in entries.attributes("a")]
+    assert all(re.fullmatch(r"20261121-120000-[0-9a-f]{8}\.html", name) for name in names)
+    for name, message in zip(names, messages, strict=True):
+        assert (path / name).read_bytes() == message.as_html().encode()
+    shutil.rmtree(path)
+    servers[0].add(messages[0])
+    assert {file.name for file in path.iterdir()} > {"index.html", "list.html"}
+    assert page_list.read_text("utf-8").startswith(empty)
+
+
+def test_concurrent_pages(tmp_path: Path) -> None:
+    def add_all() -> None:
+        directory = dsmtpd.PageDirectory(tmp_path)
+        for _ in range(50):
+            directory.add(page_message())
+
+    threads = [threading.Thread(target=add_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list_entries(tmp_path).structure() == 200 * ENTRY
+
+
+def test_page_directory_errors(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "pages"):
+        with pytest.raises(OSError, match="file"):
+            dsmtpd.PageDirectory(path)
+    directory = dsmtpd.PageDirectory(tmp_path / "pages")
+    shutil.rmtree(tmp_path / "pages")
+    (tmp_path / "pages").touch()
+    with pytest.raises(OSError, match="pages"):
+        directory.add(page_message())
+
+
+HOSTILE_HTML = """\
+</iframe><meta http-equiv="refresh" content="0;url=about:blank"><base target="_top">
+<img src="cid:logo+1@x"><img src="x" onerror="document.body.textContent = ''">
+<script>document.body.textContent = ""; top.document.title = "The script has run"</script>
+<form action="about:blank"></form></style></body></html><iframe src="about:blank"></iframe>
+"""
+
+# What a browser draws: the subjects in the list from top to bottom.
+VIEWER = """\
+<iframe src="list.html"></iframe>
+<iframe src="{page}" style="width: 100%; height: 700px"></iframe>
+<script>
+  onload = () => {{
+    const subjects = [...frames[0].document.querySelectorAll("b")]
+    subjects.sort((a, b) => a.offsetTop - b.offsetTop)
+    document.body.append("Subjects: " + subjects.map((b) => b.textContent))
+  }}
+</script>
+"""
+
+
+# A snap cannot read temporary files.
+@pytest.mark.skipif(not CHROMIUM or "/snap/" in CHROMIUM, reason="needs Chromium")
+def test_pages_in_chromium(tmp_path: Path) -> None:
+    directory = dsmtpd.PageDirectory(tmp_path)
+    for subject in ("First", "Second", "Third"):
+        directory.add(page_message(subject, HOSTILE_HTML))
+    page = max(tmp_path.glob("2*.html"))
+    (tmp_path / "viewer.html").write_text(VIEWER.format(page=page.name))
+    arguments = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=1000",
+        "--dump-dom",
+        f"--print-to-pdf={tmp_path / 'viewer.pdf'}",
+        (tmp_path / "viewer.html").as_uri(),
+    ]
+    result = subprocess.run([CHROMIUM, *arguments], capture_output=True, timeout=60)
+    assert b"Subjects: Third,Second,First" in result.stdout
+    assert b"The script has run" not in result.stdout
+    # The image is drawn: the script has not removed it.
+    assert re.search(rb"/Width 37\s/Height 19\s", (tmp_path / "viewer.pdf").read_bytes())
 
 
 # --- AUTH, STARTTLS, CHUNKING -----------------------------------------------------------------
