@@ -162,48 +162,42 @@ class Config:
     """Whether several servers may listen on the same port and share its clients."""
 
     def __post_init__(self) -> None:
-        self._check_lists()
-        object.__setattr__(self, "fail", tuple(self.fail))  # a Config is hashable
-        object.__setattr__(self, "ignore", tuple(self.ignore))
-        object.__setattr__(self, "without", tuple(word.upper() for word in self.without))
-        if not self.interface.strip():
-            raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
-        if not isinstance(self.port, int) or not 0 <= self.port <= 65_535:
-            raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port!r}")
-        if not isinstance(self.max_size, int) or self.max_size < 0:
-            text = "must be a number of bytes, such as 33554432, or 0 for no limit"
-            raise ValueError(f"max-size: {text}, not {self.max_size!r}")
-        if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
-            raise ValueError("reuse-port: this system cannot share a port")
-        for word in self.without:
-            if word not in EXTENSIONS:
-                raise ValueError(f"without: must be one of {', '.join(EXTENSIONS)}, not {word}")
-        for name in self.ignore:
-            if name not in WARNINGS:
-                raise ValueError(f"ignore: must be one of {', '.join(WARNINGS)}, not {name}")
-        self._check_tls()
-        if self.auth and "AUTH" in self.without:
-            raise ValueError("without: auth needs AUTH")
-
-    def _check_lists(self) -> None:
-        """Refuse what would be misunderstood: a string is also a sequence of strings."""
         for name, value in (
             ("fail", self.fail),
             ("ignore", self.ignore),
             ("without", self.without),
         ):
-            if isinstance(value, str):
+            if isinstance(value, str):  # it would be a sequence of letters
                 raise TypeError(f"{name}: must be a list of strings, not {value!r}")
         if not isinstance(self.auth, Mapping):
             raise TypeError("auth: must be a dictionary {user: password}")
+        object.__setattr__(self, "fail", tuple(self.fail))  # a Config is hashable
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        object.__setattr__(self, "without", tuple(word.upper() for word in self.without))
+        _check_choices("without", self.without, EXTENSIONS)
+        _check_choices("ignore", self.ignore, WARNINGS)
+        _check_choices("tls", filter(None, [self.tls]), TLS_MODES)
+        self._check_numbers()
+        self._check_combinations()
 
-    def _check_tls(self) -> None:
-        if self.tls not in (None, *TLS_MODES):
-            raise ValueError(f"tls: must be one of {', '.join(TLS_MODES)}, not {self.tls}")
+    def _check_numbers(self) -> None:
+        if not isinstance(self.port, int) or not 0 <= self.port <= 65_535:
+            raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port!r}")
+        if not isinstance(self.max_size, int) or self.max_size < 0:
+            text = "must be a number of bytes, such as 33554432, or 0 for no limit"
+            raise ValueError(f"max-size: {text}, not {self.max_size!r}")
+
+    def _check_combinations(self) -> None:
+        if not self.interface.strip():
+            raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
+        if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+            raise ValueError("reuse-port: this system cannot share a port")
         if self.tls == "required" and "STARTTLS" in self.without:
             raise ValueError("without: tls=required needs STARTTLS")
+        if self.auth and "AUTH" in self.without:
+            raise ValueError("without: auth needs AUTH")
         if self.cert and not self.tls:
-            raise ValueError("cert: requires tls")
+            raise ValueError("cert: requires tls, such as starttls")
         if self.key and not self.cert:
             raise ValueError("key: requires cert")
 
@@ -212,6 +206,12 @@ class Config:
         """The keywords of EXTENSIONS that are not disabled."""
         disabled = {*self.without} if self.smtputf8 else {*self.without, "SMTPUTF8"}
         return [word for word in EXTENSIONS if word not in disabled]
+
+
+def _check_choices(name: str, words: Iterable[str], choices: Iterable[str]) -> None:
+    for word in words:
+        if word not in choices:
+            raise ValueError(f"{name}: must be one of {', '.join(choices)}, not {word}")
 
 
 if TYPE_CHECKING:
@@ -316,6 +316,22 @@ TOO_MANY_CONNECTIONS = Reply(421, "4.3.2", "Too many connections")
 SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down")
 TIMED_OUT = Reply(421, "4.4.2", "Idle timeout")
 TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A command or a message that was refused: its reply has a 4xx or 5xx code."""
+
+    time: datetime
+    """When it was refused, with a time zone."""
+    peer: str
+    """Address and port of the client."""
+    verb: str
+    """CONNECT, a command in upper case, "." for a message, as in failure rules, or "" for a line
+    that does not begin with a word."""
+    argument: str
+    """The argument of the command, without secrets; sender, recipients and subject for "."."""
+    reply: Reply
 
 
 # What a session asks its connection to do, apart from sending a Reply.
@@ -888,40 +904,6 @@ COMMANDS = {
 IMPLEMENTED_VERBS = [verb for verb, command in COMMANDS.items() if command.method is not None]
 
 
-# A SASL mechanism (RFC 4422): yields challenges, receives the decoded responses, and returns
-# user name and password. Raises ValueError for a malformed response.
-SASLExchange = Generator[str, bytes, tuple[bytes, bytes]]
-
-
-def _sasl_plain() -> SASLExchange:
-    """RFC 4616 section 2: message = [authzid] NUL authcid NUL passwd"""
-    response = yield ""
-    _, user, password = response.split(b"\0")
-    return user, password
-
-
-def _sasl_login() -> SASLExchange:
-    """The LOGIN mechanism, which no RFC specifies; the challenges are those of Postfix."""
-    user = yield "Username:"
-    password = yield "Password:"
-    return user, password
-
-
-def _sasl_xoauth2() -> SASLExchange:
-    """The XOAUTH2 mechanism of Gmail and Microsoft 365; the token takes the place of a password.
-
-    response = "user=" user %x01 "auth=Bearer " token %x01 %x01
-    """
-    response = yield ""
-    match = re.fullmatch(rb"user=([^\x01]*)\x01auth=Bearer ([^\x01]*)\x01\x01", response)
-    if match is None:
-        raise ValueError("not a response of XOAUTH2")
-    return match[1], match[2]
-
-
-SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login, "XOAUTH2": _sasl_xoauth2}
-
-
 class Input:
     """What the client has sent and the session has not read: lines, octets, content.
 
@@ -1009,22 +991,6 @@ class Input:
         taken = self._buffer[:count]
         del self._buffer[:count]
         return taken
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A command or a message that was refused: its reply has a 4xx or 5xx code."""
-
-    time: datetime
-    """When it was refused, with a time zone."""
-    peer: str
-    """Address and port of the client."""
-    verb: str
-    """CONNECT, a command in upper case, "." for a message, as in failure rules, or "" for a line
-    that does not begin with a word."""
-    argument: str
-    """The argument of the command, without secrets; sender, recipients and subject for "."."""
-    reply: Reply
 
 
 class SessionLog:
@@ -1244,6 +1210,40 @@ def _is_ipv6_address(text: str) -> bool:
     except OSError:
         return False
     return True
+
+
+# A SASL mechanism (RFC 4422): yields challenges, receives the decoded responses, and returns
+# user name and password. Raises ValueError for a malformed response.
+SASLExchange = Generator[str, bytes, tuple[bytes, bytes]]
+
+
+def _sasl_plain() -> SASLExchange:
+    """RFC 4616 section 2: message = [authzid] NUL authcid NUL passwd"""
+    response = yield ""
+    _, user, password = response.split(b"\0")
+    return user, password
+
+
+def _sasl_login() -> SASLExchange:
+    """The LOGIN mechanism, which no RFC specifies; the challenges are those of Postfix."""
+    user = yield "Username:"
+    password = yield "Password:"
+    return user, password
+
+
+def _sasl_xoauth2() -> SASLExchange:
+    """The XOAUTH2 mechanism of Gmail and Microsoft 365; the token takes the place of a password.
+
+    response = "user=" user %x01 "auth=Bearer " token %x01 %x01
+    """
+    response = yield ""
+    match = re.fullmatch(rb"user=([^\x01]*)\x01auth=Bearer ([^\x01]*)\x01\x01", response)
+    if match is None:
+        raise ValueError("not a response of XOAUTH2")
+    return match[1], match[2]
+
+
+SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login, "XOAUTH2": _sasl_xoauth2}
 
 
 # --- Text for the log ------------------------------------------------------------------
@@ -2528,7 +2528,7 @@ class Server:
             for sock in sockets:
                 await self._accept_clients(sock)
                 if opened_here:  # others, such as systemd, may go on listening on their sockets
-                    self._listening.callback(_stop_listening, sock)
+                    self._listening.callback(_free_port, sock)
             self._cleanup = cleanup.pop_all()
         self._sockets = sockets
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
@@ -2719,33 +2719,33 @@ def listen(config: Config) -> list[socket.socket]:
 
 
 def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket.socket]:
-    """Return a listening socket for each address whose family this machine supports."""
+    """Return a listening socket for each address that this machine has."""
     sockets: list[socket.socket] = []
-    errors: list[OSError] = []
-    for family, (host, port, *scope) in addresses:
-        if sockets:
-            port = sockets[0].getsockname()[1]
-        address = (host, port, *scope)
-        # The address of all interfaces stands for those of IPv4 as well.
-        dualstack = host == "::" and socket.has_dualstack_ipv6()
-        try:
-            sockets.append(
-                socket.create_server(
-                    address, family=family, reuse_port=reuse_port, dualstack_ipv6=dualstack
+    with contextlib.ExitStack() as cleanup:
+        for family, (host, port, *scope) in addresses:
+            if sockets:
+                port = sockets[0].getsockname()[1]
+            try:
+                sock = socket.create_server(
+                    (host, port, *scope),
+                    family=family,
+                    reuse_port=reuse_port,
+                    # The address of all interfaces stands for those of IPv4 as well.
+                    dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
                 )
-            )
-        except OSError as error:
-            errors.append(error)
-    unsupported = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-    failures = [error for error in errors if error.errno not in unsupported]
-    if failures or not sockets:
-        for sock in sockets:
-            sock.close()
-        raise (failures or errors)[0]
+            except OSError as error:
+                unavailable = error
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+            else:
+                sockets.append(cleanup.enter_context(sock))
+        if not sockets:
+            raise unavailable
+        cleanup.pop_all()
     return sockets
 
 
-def _stop_listening(sock: socket.socket) -> None:
+def _free_port(sock: socket.socket) -> None:
     """Free the port, even if a forked process has a copy of the socket."""
     with contextlib.suppress(OSError):  # only Linux can do it
         sock.shutdown(socket.SHUT_RDWR)
@@ -2765,24 +2765,18 @@ def make_tls_context(
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.num_tickets = 0  # libesmtp 1.1 hangs after session tickets of TLS 1.3
-    files = f"certificate {os.fspath(cert)}"
-    if key is not None:
-        files += f" with key {os.fspath(key)}"
     try:
-        for path in (cert, key or cert):
-            # The errors of load_cert_chain() do not name the file.
-            with open(path, "rb"):
-                pass
         context.load_cert_chain(cert, key, refuse_passphrase)
-    except ssl.SSLError as error:
-        reason = (error.reason or "PEM").replace("_", " ").lower()
+    except (OSError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, ssl.SSLError):
+            reason = (error.reason or "PEM").replace("_", " ").lower()
         if "pem" in reason:
             reason = "not a certificate and its private key in PEM format"
             if key is None:
                 reason += "; --key names the file of the key"
-        raise ValueError(f"cannot use {files}: {reason}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot use {files}: {error}") from error
+        files = f"{os.fspath(cert)} with key {os.fspath(key or cert)}"
+        raise ValueError(f"cannot use certificate {files}: {reason}") from error
     return context
 
 
