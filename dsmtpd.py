@@ -1549,7 +1549,7 @@ class Envelope:
         "tel:" or "javascript:" are left out. Texts after the first count as well.
         """
         urls = [url for part in self.inline_parts("text/plain") for url in find_urls(part.text)]
-        urls += [url for part in self.inline_parts("text/html") for url in parse_html(part.text)[1]]
+        urls += [url for part in self.inline_parts("text/html") for url in part.html_as_text[1]]
         return list(dict.fromkeys(urls))
 
     def link(self, part: str) -> str:
@@ -1701,8 +1701,9 @@ def decode_text(octets: bytes, label: str) -> str:
         octets, codec = _ISO_2022_JP.sub(_to_euc_jp, octets), "euc_jp"
     if codec == "euc_jp":
         octets, codec = _EUC_JP.sub(_to_shift_jis, octets), "cp932"
+    errors = "dsmtpd.replace" if codec.startswith(("big5", "cp", "gb")) else "replace"
     try:
-        text = octets.decode(codec, "dsmtpd.replace")
+        text = octets.decode(codec, errors)
     except (LookupError, ValueError):  # a codec that is not for text, or that fails
         text = octets.decode("utf-8", "replace")
     if codec == "cp932":
@@ -1739,7 +1740,7 @@ def _to_euc_jp(segment: re.Match[bytes]) -> bytes:
     if charset in (b"(B", b"(J"):
         return octets
     octets = octets.translate(_SET_HIGH_BIT)
-    return re.sub(rb"[\xa1-\xdf]", rb"\x8e\g<0>", octets) if charset == b"(I" else octets
+    return re.sub(rb"[\xa1-\xdf]", b"\x8e\\g<0>", octets) if charset == b"(I" else octets
 
 
 def _to_shift_jis(character: re.Match[bytes]) -> bytes:
@@ -1859,6 +1860,11 @@ class _Part:
         text = decode_text(self.content, self._parameters.get("charset", ""))
         return text.replace("\r\r\n", "\n").replace("\r\n", "\n")
 
+    @cached_property
+    def html_as_text(self) -> tuple[str, list[str]]:
+        """What parse_html() makes of the content."""
+        return parse_html(self.text)
+
 
 # A line that may be a delimiter (RFC 2046 section 5.1.1)
 _DELIMITER = re.compile(rb"\n--([^\n]*)")
@@ -1940,16 +1946,17 @@ def _find_url_end(text: str, position: int) -> int:
     return len(text)
 
 
-# An attribute of a tag: its name and its value. Quotes matter only after the equals sign, and a
-# tag ends at ">" or at the end of the document (HTML standard section 13.2.5). There is only one
-# way to match each part of a tag, so that the time is linear.
-_ATTRIBUTE = r"""[\s/]*([^\s/>][^\s/>=]*)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s"'>][^\s>]*))?"""
+# A comment, an element whose content is not shown, or the start of a tag
 _MARKUP = re.compile(
     r"<!--(?:-?>|.*?(?:--!?>|\Z))"
     r"|<[!?][^>]*>?"
     r"|<(script|style|title)\b.*?(?:</\1[^>]*>|\Z)"
-    rf"|<(?P<name>/?[a-z][^\s/>]*)(?P<attributes>(?:{_ATTRIBUTE})*)[\s/]*>?",
+    r"|<(?P<name>/?[a-z][^\s/>]*)",
     re.IGNORECASE | re.DOTALL,
+)
+# An attribute, or the end of a tag. Quotes count only after "=" (HTML standard section 13.2.5).
+_ATTRIBUTE = re.compile(
+    r"""(?P<name>[^\s/>=]+)(?:\s*=\s*(?P<value>"[^"]*"|'[^']*'|[^\s>"'][^\s>]*))?|>"""
 )
 # Elements that begin and end a line
 _BLOCKS = set(
@@ -1967,13 +1974,25 @@ def parse_html(document: str) -> tuple[str, list[str]]:
     """
     writer = _TextWriter()
     position = 0
-    for markup in _MARKUP.finditer(document):
+    while markup := _MARKUP.search(document, position):
         writer.add_text(document[position : markup.start()])
         position = markup.end()
         if markup["name"]:
-            writer.add_tag(markup["name"].lower(), markup["attributes"])
+            position, href = _read_attributes(document, position)
+            writer.add_tag(markup["name"].lower(), href)
     writer.add_text(document[position:])
     return writer.text(), writer.links
+
+
+def _read_attributes(document: str, position: int) -> tuple[int, str]:
+    """Return where a tag ends whose attributes begin at position, and its first href, or ""."""
+    hrefs: list[str] = []
+    for attribute in _ATTRIBUTE.finditer(document, position):
+        if attribute["name"] is None:
+            return attribute.end(), "".join(hrefs[:1])
+        if attribute["name"].lower() == "href":
+            hrefs.append(attribute["value"] or "")
+    return len(document), ""
 
 
 class _TextWriter:
@@ -1996,10 +2015,10 @@ class _TextWriter:
         if text:
             self._fragments.append(text)
 
-    def add_tag(self, name: str, attributes: str) -> None:
+    def add_tag(self, name: str, href: str) -> None:
         element = name.removeprefix("/")
         if name in ("a", "area"):
-            self._start_link(attributes)
+            self._start_link(href)
         elif name == "/a":
             self._end_link()
         elif name in ("td", "th") and self._fragments[-1][-1] != "\n":
@@ -2009,12 +2028,9 @@ class _TextWriter:
         if element == "pre":
             self._is_preformatted = name == "pre"
 
-    def _start_link(self, attributes: str) -> None:
-        hrefs = [
-            value for name, value in re.findall(_ATTRIBUTE, attributes) if name.lower() == "href"
-        ]
-        target = _REFERENCE.sub(_decode_reference, hrefs[0].strip("\"'")) if hrefs else ""
-        self._link = re.sub(r"[\t\n\r]", "", target).strip()
+    def _start_link(self, href: str) -> None:
+        target = _REFERENCE.sub(_decode_reference, href.strip("\"'"))
+        self._link = re.sub(r"[\t\n\r]", "", target).strip()  # as the URL standard, section 4.4
         if re.match("#|mailto:|tel:|javascript:|$", self._link, re.IGNORECASE):
             self._link = ""
         else:
@@ -2040,13 +2056,13 @@ def _unescape(text: str) -> str:
 # A reference in an attribute. A name without a semicolon before "=" or a letter or digit is text
 # (HTML standard section 13.2.5.73), such as "&currency=" in a URL.
 _REFERENCE = re.compile(
-    r"&(#[0-9]+;?|#[xX][0-9a-fA-F]+;?|[a-zA-Z][a-zA-Z0-9]*(?:;|(?![=a-zA-Z0-9])))"
+    r"&(#[0-9]{1,50};?|#[xX][0-9a-fA-F]+;?|[a-zA-Z][a-zA-Z0-9]*(?:;|(?![=a-zA-Z0-9])))"
 )
 
 
 def _decode_reference(reference: re.Match[str]) -> str:
     if reference[1].startswith("#"):
-        return _unescape(reference[0])
+        return html.unescape(reference[0])
     return html5.get(reference[1], reference[0])
 
 
@@ -4128,7 +4144,9 @@ def _print_lines(lines: list[str]) -> str:
 def _print_text(envelope: Envelope) -> str:
     """Return the texts of a message, or the text of its HTML."""
     texts = [part.text.strip("\n") for part in envelope.inline_parts("text/plain")]
-    text = "\n\n".join(filter(str.strip, texts)) or parse_html(envelope.html)[0]
+    if not any(map(str.strip, texts)):
+        texts = [part.html_as_text[0] for part in envelope.inline_parts("text/html")]
+    text = "\n\n".join(filter(str.strip, texts))
     if "\0" in text:
         return f"({len(text.encode())} bytes of binary content)"
     return re.sub(r"[^\n\t]+", lambda match: escape_unprintable(match[0]), _shorten(text.rstrip()))
