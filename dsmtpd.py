@@ -1587,33 +1587,39 @@ class Envelope:
         return escape_unprintable(f"{self.mail_from} -> {rcpt_tos} [{self.subject}]")
 
 
-# The end of a header is the first line that is no field, no continuation of one, and no "From "
-# line of an mbox file. If that line is empty, it is not part of the body. A line that begins with
-# "--" is no field here, because it may be the delimiter of the next part.
-_HEADER_END = re.compile(
-    rb"^(?!(?!--)[!-9;-~]+[ \t]*:|(?<=\n)[ \t]|>?From )(?:\r*\n)?", re.MULTILINE
-)
+# The name of a field, or the start of the "From " line of an mbox file. No name begins with "--"
+# here, because such a line may be the delimiter of the next part.
+_FIELD_START = re.compile(rb"(?!--)[!-9;-~]+[ \t]*:|>?From ")
+# A line end before a line that is neither a field nor goes on with one, and that line if it is
+# empty. Programs that convert line ends twice send CR CR LF.
+_HEADER_END = re.compile(rb"\n(?!%b|[ \t])(?:\r*\n)?" % _FIELD_START.pattern)
 
 
 def header_section(content: bytes) -> bytes:
     """Return the header fields at the start of the content.
 
-    White space before a colon is accepted (RFC 5322 section 4.5), and so is CR CR LF, which
-    programs send that convert line ends twice.
+    White space before a colon is accepted, as RFC 5322 section 4.5 requires.
     """
     return content[: _find_body(content, 0)[0]]
 
 
 def _find_body(content: bytes, start: int) -> tuple[int, int]:
     """Return where the header that begins at start ends, and where its body begins."""
-    end = _HEADER_END.search(content, start)
-    return end.span() if end else (len(content), len(content))
+    if start == 0 and not _FIELD_START.match(content):  # no header, as in a text without a subject
+        empty_line = re.match(rb"\r*\n", content)
+        return 0, empty_line.end() if empty_line else 0
+    end = _HEADER_END.search(content, max(start - 1, 0))
+    return (end.start() + 1, end.end()) if end else (len(content), len(content))
+
+
+@lru_cache
+def _field_pattern(name: str) -> re.Pattern[bytes]:
+    return re.compile(rb"(?i)\n%b[ \t]*:([^\n]*(?:\n[ \t][^\n]*)*)" % re.escape(name.encode()))
 
 
 def find_fields(header: bytes, name: str) -> Iterator[str]:
     """Yield the value of each header field with this name, unfolded, but not decoded."""
-    pattern = rb"(?im)^%b[ \t]*:([^\n]*(?:\n[ \t][^\n]*)*)" % re.escape(name.encode())
-    for match in re.finditer(pattern, header):
+    for match in _field_pattern(name).finditer(b"\n" + header):
         lines = match[1][:MAX_FIELD_SIZE].split(b"\n")
         value = b"".join(line.rstrip(b"\r") for line in lines)
         yield value.decode("utf-8", "replace").lstrip(" \t")
@@ -1628,7 +1634,7 @@ _ADJACENT_WORDS = re.compile(rf"{_ENCODED_WORD}(?:[ \t]*{_ENCODED_WORD})*", re.I
 
 def decode_words(text: str) -> str:
     """Decode the encoded-words in the value of a header field (RFC 2047)."""
-    return _ADJACENT_WORDS.sub(_decode_adjacent, text)
+    return _ADJACENT_WORDS.sub(_decode_adjacent, text) if "=?" in text else text
 
 
 def _decode_adjacent(run: re.Match[str]) -> str:
@@ -1825,7 +1831,7 @@ class _Part:
     @cached_property
     def boundary(self) -> bytes:
         """The boundary between the parts of a multipart; b"" for other types."""
-        boundary = self._parameters.get("boundary", "").rstrip().encode()
+        boundary = decode_parameter(self._parameters, "boundary").rstrip().encode()
         return boundary if self.type.startswith("multipart/") else b""
 
     @cached_property
@@ -1857,7 +1863,7 @@ class _Part:
     @cached_property
     def text(self) -> str:
         """The content as text; line ends are LF."""
-        text = decode_text(self.content, self._parameters.get("charset", ""))
+        text = decode_text(self.content, decode_parameter(self._parameters, "charset"))
         return text.replace("\r\r\n", "\n").replace("\r\n", "\n")
 
     @cached_property
@@ -2022,7 +2028,7 @@ class _TextWriter:
         elif name == "/a":
             self._end_link()
         elif name in ("td", "th") and self._fragments[-1][-1] != "\n":
-            self._fragments.append("  ")
+            self._fragments.append(" " if self._fragments[-1][-1] == " " else "  ")
         elif element in _BLOCKS:
             self._fragments.append("\n")
         if element == "pre":
