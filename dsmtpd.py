@@ -1534,12 +1534,12 @@ class Envelope:
     @cached_property
     def text(self) -> str:
         """The first text/plain part that is not a file, decoded; "" if there is none."""
-        return "".join(part.text for part in self.inline_parts("text/plain")[:1])
+        return "".join(part.text for part in self._inline_parts("text/plain")[:1])
 
     @cached_property
     def html(self) -> str:
         """The first text/html part that is not a file, decoded; "" if there is none."""
-        return "".join(part.text for part in self.inline_parts("text/html")[:1])
+        return "".join(part.text for part in self._inline_parts("text/html")[:1])
 
     @cached_property
     def links(self) -> list[str]:
@@ -1548,8 +1548,8 @@ class Envelope:
         They are as sent, such as "/confirm" or "{{ url }}". Those that begin with "#", "mailto:",
         "tel:" or "javascript:" are left out. Texts after the first count as well.
         """
-        urls = [url for part in self.inline_parts("text/plain") for url in find_urls(part.text)]
-        urls += [url for part in self.inline_parts("text/html") for url in part.html_as_text[1]]
+        urls = [url for part in self._inline_parts("text/plain") for url in find_urls(part.text)]
+        urls += [url for part in self._inline_parts("text/html") for url in part.html_as_text[1]]
         return list(dict.fromkeys(urls))
 
     def link(self, part: str) -> str:
@@ -1566,7 +1566,7 @@ class Envelope:
     @cached_property
     def attachments(self) -> list[Attachment]:
         """The parts other than text and html, in the order of the message."""
-        shown = self.inline_parts("text/plain")[:1] + self.inline_parts("text/html")[:1]
+        shown = self._inline_parts("text/plain")[:1] + self._inline_parts("text/html")[:1]
         return [
             Attachment(part.file_name, part.type, part.content, part.content_id)
             for part in self._parts
@@ -1577,7 +1577,7 @@ class Envelope:
     def _parts(self) -> list[_Part]:
         return list(islice(split_parts(self.content), MAX_PARTS))
 
-    def inline_parts(self, media_type: str) -> list[_Part]:
+    def _inline_parts(self, media_type: str) -> list[_Part]:
         """Return the parts of a media type that are not files."""
         return [part for part in self._parts if part.type == media_type and not part.is_file]
 
@@ -1586,6 +1586,126 @@ class Envelope:
         rcpt_tos = ", ".join(self.rcpt_tos)
         return escape_unprintable(f"{self.mail_from} -> {rcpt_tos} [{self.subject}]")
 
+
+@dataclass(eq=False)
+class _Part:
+    """A part of a message."""
+
+    header: bytes
+    default_type: str
+    body: bytes = b""
+
+    def _field(self, name: str) -> str:
+        return next(find_fields(self.header, name), "")
+
+    @cached_property
+    def _parameters(self) -> dict[str, str]:
+        return parse_mime_parameters(self._field("Content-Type"))
+
+    @cached_property
+    def type(self) -> str:
+        """The media type in lower case."""
+        token = _first_token(self._field("Content-Type"))
+        return token if re.fullmatch("[^/]+/[^/]+", token) else self.default_type
+
+    @cached_property
+    def boundary(self) -> bytes:
+        """The boundary between the parts of a multipart; b"" for other types."""
+        boundary = decode_parameter(self._parameters, "boundary").rstrip().encode()
+        return boundary if self.type.startswith("multipart/") else b""
+
+    @cached_property
+    def file_name(self) -> str:
+        """The file name, or ""."""
+        disposition = parse_mime_parameters(self._field("Content-Disposition"))
+        name = decode_parameter(disposition, "filename")
+        return name or decode_parameter(self._parameters, "name")
+
+    @cached_property
+    def is_file(self) -> bool:
+        """Whether the part is a file rather than something to be shown with the message."""
+        disposition = _first_token(self._field("Content-Disposition"))
+        return disposition == "attachment" or self.file_name != ""
+
+    @property
+    def content_id(self) -> str:
+        """The Content-ID without angle brackets, or ""."""
+        return self._field("Content-ID").strip().removeprefix("<").removesuffix(">")
+
+    @cached_property
+    def content(self) -> bytes:
+        """The body with its transfer encoding undone (RFC 2045 section 6)."""
+        encoding = _first_token(self._field("Content-Transfer-Encoding"))
+        if encoding == "base64":
+            return _decode_base64(self.body)
+        return binascii.a2b_qp(self.body) if encoding == "quoted-printable" else self.body
+
+    @cached_property
+    def text(self) -> str:
+        """The content as text; line ends are LF."""
+        text = decode_text(self.content, decode_parameter(self._parameters, "charset"))
+        return text.replace("\r\r\n", "\n").replace("\r\n", "\n")
+
+    @cached_property
+    def html_as_text(self) -> tuple[str, list[str]]:
+        """What parse_html() makes of the content."""
+        return parse_html(self.text)
+
+
+# A line that may be a delimiter (RFC 2046 section 5.1.1)
+_DELIMITER = re.compile(rb"\n--([^\n]*)")
+
+
+def split_parts(content: bytes) -> Iterator[_Part]:
+    """Yield the parts that have no parts themselves, in their order (RFC 2046 section 5.1).
+
+    One search finds the delimiters of all multiparts, so the time does not grow with nesting.
+    """
+    # {boundary of an open multipart: default type of its parts}, the innermost last
+    types: dict[bytes, str] = {}
+    part: _Part | None
+    part, start = _open_part(content, 0, "text/plain", types)
+    for line in _DELIMITER.finditer(content):
+        text = line[1].rstrip()
+        boundary = text if text in types else text.removesuffix(b"--")
+        if boundary not in types:
+            continue
+        if part and part.boundary != boundary:  # what precedes the first delimiter is no part
+            part.body = content[start : line.start()].rstrip(b"\r")
+            yield part
+        while next(reversed(types)) != boundary:  # multiparts that are not closed
+            types.popitem()
+        if text == boundary:
+            part, start = _open_part(content, line.end() + 1, types[boundary], types)
+        else:
+            part = None
+            types.popitem()
+    if part:
+        part.body = content[start:]
+        yield part
+
+
+def _open_part(
+    content: bytes, start: int, default_type: str, types: dict[bytes, str]
+) -> tuple[_Part, int]:
+    """Return the part whose header begins at start, and where its body begins."""
+    end, body = _find_body(content, start)
+    part = _Part(content[start:end], default_type)
+    if part.boundary:
+        is_digest = part.type == "multipart/digest"
+        types.setdefault(part.boundary, "message/rfc822" if is_digest else "text/plain")
+    return part, body
+
+
+def readable_text(envelope: Envelope) -> str:
+    """Return all texts of a message; if they are blank, the text of its HTML."""
+    texts = [part.text.strip("\n") for part in envelope._inline_parts("text/plain")]
+    if not any(map(str.strip, texts)):
+        texts = [part.html_as_text[0] for part in envelope._inline_parts("text/html")]
+    return "\n\n".join(filter(str.strip, texts))
+
+
+# --- Header fields --------------------------------------------------------------------
 
 # The name of a field, or the start of the "From " line of an mbox file. No name begins with "--"
 # here, because such a line may be the delimiter of the next part.
@@ -1662,6 +1782,58 @@ def _decode_base64(octets: bytes) -> bytes:
         decoded.append(binascii.a2b_base64(digits + b"=="))
     return b"".join(decoded)
 
+
+# The first token of a structured field, after white space, quotes and comments
+_TOKEN = re.compile(r"""(?:[\s"';]|\([^()]*\))*([^\s"';()]+)""")
+
+# parameter = attribute "=" value; value = token / quoted-string (RFC 2045 section 5.1). A value
+# without quotes goes on to the next semicolon, because many programs forget the quotes.
+_PARAMETER = re.compile(
+    r""";\s*([^\s=;"]+)\s*=\s*(?:"([^"\\]*(?:\\.[^"\\]*)*)"?|([^;]*))""", re.DOTALL
+)
+
+
+def _first_token(value: str) -> str:
+    match = _TOKEN.match(value)
+    return match[1].lower() if match else ""
+
+
+def parse_mime_parameters(value: str) -> dict[str, str]:
+    """Return the parameters of a field as {name in lower case: value}; name* becomes name*0*."""
+    parameters: dict[str, str] = {}
+    for name, quoted, unquoted in _PARAMETER.findall(value):
+        key = re.sub(r"^([^*]+)\*$", r"\1*0*", name.lower())
+        parameters.setdefault(key, re.sub(r'\\([\\"])', r"\1", quoted) or unquoted.strip())
+    return parameters
+
+
+def decode_parameter(parameters: Mapping[str, str], name: str) -> str:
+    """Return a decoded parameter; "" if there is none.
+
+    Its pieces name*0, name*1* and so on (RFC 2231 sections 3 and 4) go before a plain value. A
+    plain value may contain encoded-words, which RFC 2047 section 5 forbids.
+    """
+    octets, charset = b"", ""
+    for number in count():
+        piece = f"{name}*{number}"
+        if f"{piece}*" in parameters:
+            value = parameters[f"{piece}*"]
+            if number == 0 and value.count("'") >= 2:
+                charset, _language, value = value.split("'", 2)
+            octets += unquote_to_bytes(value)
+        elif piece in parameters:
+            octets += parameters[piece].encode()
+        else:
+            break
+    return decode_words(decode_text(octets, charset) or parameters.get(name, ""))
+
+
+def is_binary(mail_options: Mapping[str, str]) -> bool:
+    """Return whether MAIL had BODY=BINARYMIME: the content need not be lines (RFC 3030)."""
+    return mail_options.get("BODY", "").upper() == "BINARYMIME"
+
+
+# --- Charsets -------------------------------------------------------------------------
 
 # {codec: the labels for which it is used, as Python names their codecs, or as sent where Python
 # knows none}. Most stand for supersets of Windows (WHATWG Encoding Standard section 4.2).
@@ -1762,160 +1934,8 @@ def _to_shift_jis(character: re.Match[bytes]) -> bytes:
     return bytes([lead, trail])
 
 
-# The first token of a structured field, after white space, quotes and comments
-_TOKEN = re.compile(r"""(?:[\s"';]|\([^()]*\))*([^\s"';()]+)""")
+# --- HTML and URLs --------------------------------------------------------------------
 
-# parameter = attribute "=" value; value = token / quoted-string (RFC 2045 section 5.1). A value
-# without quotes goes on to the next semicolon, because many programs forget the quotes.
-_PARAMETER = re.compile(
-    r""";\s*([^\s=;"]+)\s*=\s*(?:"([^"\\]*(?:\\.[^"\\]*)*)"?|([^;]*))""", re.DOTALL
-)
-
-
-def _first_token(value: str) -> str:
-    match = _TOKEN.match(value)
-    return match[1].lower() if match else ""
-
-
-def parse_mime_parameters(value: str) -> dict[str, str]:
-    """Return the parameters of a field as {name in lower case: value}; name* becomes name*0*."""
-    parameters: dict[str, str] = {}
-    for name, quoted, unquoted in _PARAMETER.findall(value):
-        key = re.sub(r"^([^*]+)\*$", r"\1*0*", name.lower())
-        parameters.setdefault(key, re.sub(r'\\([\\"])', r"\1", quoted) or unquoted.strip())
-    return parameters
-
-
-def decode_parameter(parameters: Mapping[str, str], name: str) -> str:
-    """Return a decoded parameter; "" if there is none.
-
-    Its pieces name*0, name*1* and so on (RFC 2231 sections 3 and 4) go before a plain value. A
-    plain value may contain encoded-words, which RFC 2047 section 5 forbids.
-    """
-    octets, charset = b"", ""
-    for number in count():
-        piece = f"{name}*{number}"
-        if f"{piece}*" in parameters:
-            value = parameters[f"{piece}*"]
-            if number == 0 and value.count("'") >= 2:
-                charset, _language, value = value.split("'", 2)
-            octets += unquote_to_bytes(value)
-        elif piece in parameters:
-            octets += parameters[piece].encode()
-        else:
-            break
-    return decode_words(decode_text(octets, charset) or parameters.get(name, ""))
-
-
-@dataclass(eq=False)
-class _Part:
-    """A part of a message."""
-
-    header: bytes
-    default_type: str
-    body: bytes = b""
-
-    def _field(self, name: str) -> str:
-        return next(find_fields(self.header, name), "")
-
-    @cached_property
-    def _parameters(self) -> dict[str, str]:
-        return parse_mime_parameters(self._field("Content-Type"))
-
-    @cached_property
-    def type(self) -> str:
-        """The media type in lower case."""
-        token = _first_token(self._field("Content-Type"))
-        return token if re.fullmatch("[^/]+/[^/]+", token) else self.default_type
-
-    @cached_property
-    def boundary(self) -> bytes:
-        """The boundary between the parts of a multipart; b"" for other types."""
-        boundary = decode_parameter(self._parameters, "boundary").rstrip().encode()
-        return boundary if self.type.startswith("multipart/") else b""
-
-    @cached_property
-    def file_name(self) -> str:
-        """The file name, or ""."""
-        disposition = parse_mime_parameters(self._field("Content-Disposition"))
-        name = decode_parameter(disposition, "filename")
-        return name or decode_parameter(self._parameters, "name")
-
-    @cached_property
-    def is_file(self) -> bool:
-        """Whether the part is a file rather than something to be shown with the message."""
-        disposition = _first_token(self._field("Content-Disposition"))
-        return disposition == "attachment" or self.file_name != ""
-
-    @property
-    def content_id(self) -> str:
-        """The Content-ID without angle brackets, or ""."""
-        return self._field("Content-ID").strip().removeprefix("<").removesuffix(">")
-
-    @cached_property
-    def content(self) -> bytes:
-        """The body with its transfer encoding undone (RFC 2045 section 6)."""
-        encoding = _first_token(self._field("Content-Transfer-Encoding"))
-        if encoding == "base64":
-            return _decode_base64(self.body)
-        return binascii.a2b_qp(self.body) if encoding == "quoted-printable" else self.body
-
-    @cached_property
-    def text(self) -> str:
-        """The content as text; line ends are LF."""
-        text = decode_text(self.content, decode_parameter(self._parameters, "charset"))
-        return text.replace("\r\r\n", "\n").replace("\r\n", "\n")
-
-    @cached_property
-    def html_as_text(self) -> tuple[str, list[str]]:
-        """What parse_html() makes of the content."""
-        return parse_html(self.text)
-
-
-# A line that may be a delimiter (RFC 2046 section 5.1.1)
-_DELIMITER = re.compile(rb"\n--([^\n]*)")
-
-
-def split_parts(content: bytes) -> Iterator[_Part]:
-    """Yield the parts that have no parts themselves, in their order (RFC 2046 section 5.1).
-
-    One search finds the delimiters of all multiparts, so the time does not grow with nesting.
-    """
-    types: dict[bytes, str] = {}  # {boundary of an open multipart: default type of its parts}
-    part: _Part | None
-    part, start = _read_header(content, 0, "text/plain")
-    for line in _DELIMITER.finditer(content):
-        if part and part.boundary:
-            digest = part.type == "multipart/digest"
-            types.setdefault(part.boundary, "message/rfc822" if digest else "text/plain")
-        boundary = line[1].rstrip()
-        is_last = boundary not in types
-        if is_last:
-            boundary = boundary.removesuffix(b"--")
-        if boundary not in types:
-            continue
-        if part and part.boundary != boundary:  # what precedes the first part is no part
-            part.body = content[start : line.start()].rstrip(b"\r")
-            yield part
-        while next(reversed(types)) != boundary:  # multiparts without a last delimiter
-            types.popitem()
-        part = None
-        if is_last:
-            types.popitem()
-        else:
-            part, start = _read_header(content, line.end() + 1, types[boundary])
-    if part:
-        part.body = content[start:]
-        yield part
-
-
-def _read_header(content: bytes, start: int, default_type: str) -> tuple[_Part, int]:
-    """Return the part whose header begins at start, and where its body begins."""
-    end, body = _find_body(content, start)
-    return _Part(content[start:end], default_type), body
-
-
-# HTML
 _URL_START = re.compile(r"https?://", re.IGNORECASE)
 # The characters that may end a URL
 _URL_END = re.compile(r"[\x00-\x20<>\"`()\[\]{}\x7f]|[^\x00-\x7f]")
@@ -2070,11 +2090,6 @@ def _decode_reference(reference: re.Match[str]) -> str:
     if reference[1].startswith("#"):
         return html.unescape(reference[0])
     return html5.get(reference[1], reference[0])
-
-
-def is_binary(mail_options: Mapping[str, str]) -> bool:
-    """Return whether MAIL had BODY=BINARYMIME: the content need not be lines (RFC 3030)."""
-    return mail_options.get("BODY", "").upper() == "BINARYMIME"
 
 
 # --- Lint -----------------------------------------------------------------------------
@@ -4148,11 +4163,8 @@ def _print_lines(lines: list[str]) -> str:
 
 
 def _print_text(envelope: Envelope) -> str:
-    """Return the texts of a message, or the text of its HTML."""
-    texts = [part.text.strip("\n") for part in envelope.inline_parts("text/plain")]
-    if not any(map(str.strip, texts)):
-        texts = [part.html_as_text[0] for part in envelope.inline_parts("text/html")]
-    text = "\n\n".join(filter(str.strip, texts))
+    """Return the readable text of a message, or the size of binary content."""
+    text = readable_text(envelope)
     if "\0" in text:
         return f"({len(text.encode())} bytes of binary content)"
     return re.sub(r"[^\n\t]+", lambda match: escape_unprintable(match[0]), _shorten(text.rstrip()))
