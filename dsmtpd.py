@@ -1877,9 +1877,9 @@ def decode_text(octets: bytes, label: str) -> str:
     codec = find_codec(label) or "utf-8-sig"
     if codec == "iso2022_jp":
         octets, codec = _ISO_2022_JP.sub(_to_euc_jp, octets), "euc_jp"
-    if codec == "euc_jp":
-        octets, codec = _EUC_JP.sub(_to_shift_jis, octets), "cp932"
     errors = "dsmtpd.replace" if codec.startswith(("big5", "cp", "gb")) else "replace"
+    if codec == "euc_jp":
+        octets, codec, errors = _EUC_JP.sub(_to_shift_jis, octets), "cp932", "dsmtpd.replace-pair"
     try:
         text = octets.decode(codec, errors)
     except (LookupError, ValueError):  # a codec that is not for text, or that fails
@@ -1900,16 +1900,26 @@ def _replace_undecodable(error: UnicodeError) -> tuple[str, int]:
     return "\ufffd", error.end
 
 
-codecs.register_error("dsmtpd.replace", _replace_undecodable)
+def _replace_pair(error: UnicodeError) -> tuple[str, int]:
+    """Error handler for what _to_shift_jis() returns, where only pairs cannot be decoded."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd", error.start + 2
 
-# Python's codecs for ISO-2022-JP and EUC-JP lack the characters of Windows, such as those of NEC
-# in row 13. Its codec for Shift_JIS has them, and the three only arrange the same table
-# differently (WHATWG Encoding Standard section 12).
-_ISO_2022_JP = re.compile(rb"\x1b(\([BIJ]|\$[@B])([^\x1b]*)")
-_EUC_JP = re.compile(rb"\x8e[\xa1-\xdf]|[\xa1-\xfe]{2}|[\x80-\xff]")
-_SET_HIGH_BIT = bytes(octet | 0x80 if 0x21 <= octet <= 0x7E else octet for octet in range(256))
+
+codecs.register_error("dsmtpd.replace", _replace_undecodable)
+codecs.register_error("dsmtpd.replace-pair", _replace_pair)
+
 # What cp932 makes of octets that Shift_JIS does not use
 _NO_SHIFT_JIS = dict.fromkeys(range(0xF8F0, 0xF8F4), "\ufffd")
+
+# Python's codecs for ISO-2022-JP and EUC-JP lack the characters of Windows. Its codec for Shift_JIS
+# has them, and the three encode the same table (WHATWG Encoding Standard sections 12 and 13).
+_ISO_2022_JP = re.compile(rb"\x1b(\([BIJ]|\$[@B])([^\x1b]*)")
+# Katakana, two octets, and what is not decoded: JIS X 0212 and invalid octets
+_EUC_JP = re.compile(
+    rb"\x8e([\xa1-\xdf])|([\xa1-\xfe]{2})|\x8f[\xa1-\xfe]{2}|[\x8e\xa1-\xfe][\x80-\xff]|[\x80-\xff]"
+)
+_SET_HIGH_BIT = bytes(octet | 0x80 if 0x21 <= octet <= 0x7E else octet for octet in range(256))
 
 
 def _to_euc_jp(segment: re.Match[bytes]) -> bytes:
@@ -1923,12 +1933,10 @@ def _to_euc_jp(segment: re.Match[bytes]) -> bytes:
 
 def _to_shift_jis(character: re.Match[bytes]) -> bytes:
     """Return a character of EUC-JP as Shift_JIS."""
-    first, *rest = character[0]
-    if not rest:
-        return b"\xff"  # invalid
-    if first == 0x8E:  # JIS X 0201 katakana
-        return bytes(rest)
-    row, cell = first - 0xA1, rest[0] - 0xA1
+    katakana, pair = character.groups()
+    if not pair:
+        return katakana or b"\xff"
+    row, cell = pair[0] - 0xA1, pair[1] - 0xA1
     lead = row // 2 + (0x81 if row < 62 else 0xC1)
     trail = cell + (0x9F if row % 2 else 0x40 if cell < 63 else 0x41)
     return bytes([lead, trail])
@@ -2032,6 +2040,8 @@ class _TextWriter:
         self._is_preformatted = False
 
     def add_text(self, source: str) -> None:
+        if not source:
+            return
         text = _unescape(source)
         self.links += find_urls(text)
         if not self._is_preformatted:
@@ -2076,7 +2086,7 @@ class _TextWriter:
 
 def _unescape(text: str) -> str:
     """Decode the character references of HTML, but drop those that html.unescape() refuses."""
-    return html.unescape(re.sub(r"&#[0-9]{50,};?", "", text))
+    return html.unescape(re.sub(r"&#[0-9]{50,};?", "", text)) if "&" in text else text
 
 
 # A reference in an attribute. A name without a semicolon before "=" or a letter or digit is text

@@ -971,7 +971,7 @@ CHARSETS = [
     ("euc-jp x-euc-jp", b"\xad\xa1\xa1\xc1\xf9\xb5\x8e\xb1\xffa\xa4", "①\uff5e侊ｱ\ufffda\ufffd"),
     (
         "iso-2022-jp cp50221",
-        b"a\x1b$B-!!A|bL\n$\x1b(B\xffb\x1b(I1\x1b(Jc",
+        b"a\x1b$B-!!A|bL\n)!\x1b(B\xffb\x1b(I1\x1b(Jc",
         "a①\uff5e髙\ufffd\n\ufffd\ufffdbｱc",
     ),
     ("utf-8 unicode-1-1-utf-8", b"\xef\xbb\xbfa\xe2\x82b\xf0\x9f\x98\xc3\xa4", "a\ufffdb\ufffdä"),
