@@ -1296,9 +1296,9 @@ def _is_ipv6_address(text: str) -> bool:
 # --- Text for the log ------------------------------------------------------------------
 
 
-# Control characters, line and paragraph separators, bidirectional embeddings, overrides and
-# isolates, and surrogates. All others are text, such as spaces, direction marks and joiners.
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 but tabs, C1, bidirectional embeddings, overrides and isolates, and surrogates. All others are
+# text, such as the spaces, direction marks and joiners of any script.
+_CONTROLS = re.compile("[\x00-\x08\n-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escape_unprintable(text: str) -> str:
@@ -1592,8 +1592,8 @@ class _Part:
     """A part of a message."""
 
     header: bytes
-    default_type: str
-    body: bytes = b""
+    default_type: str  # the media type if there is no valid Content-Type
+    body: bytes = b""  # as sent
 
     def _field(self, name: str) -> str:
         return next(find_fields(self.header, name), "")
@@ -4157,19 +4157,19 @@ def _as_text(envelope: Envelope) -> str:
         f"  {item.name or 'unnamed'} ({item.type}, {len(item.content)} bytes)"
         for item in envelope.attachments
     ]
-    parts = [_print_lines(lines), _print_text(envelope)]
+    parts = [_shorten(_escape_lines(lines)), _print_text(envelope)]
     if envelope.html:
         parts.append(f"HTML: {len(envelope.html)} characters")
     if links:
-        parts.append(_print_lines(["Links:", *links]))
+        parts.append(_shorten(_escape_lines(["Links:", *links])))
     if attachments:
-        parts.append(_print_lines(["Attachments:", *attachments]))
+        parts.append(_shorten(_escape_lines(["Attachments:", *attachments])))
     text = "\n\n".join(parts)
     return f"{_MESSAGE_START}\n{text}\n------------ END MESSAGE ------------\n"
 
 
-def _print_lines(lines: list[str]) -> str:
-    return _shorten("\n".join(map(escape_unprintable, lines)))
+def _escape_lines(lines: list[str]) -> str:
+    return "\n".join(map(escape_unprintable, lines))
 
 
 def _print_text(envelope: Envelope) -> str:
@@ -4177,7 +4177,7 @@ def _print_text(envelope: Envelope) -> str:
     text = readable_text(envelope)
     if "\0" in text:
         return f"({len(text.encode())} bytes of binary content)"
-    return re.sub(r"[^\n\t]+", lambda match: escape_unprintable(match[0]), _shorten(text.rstrip()))
+    return _escape_lines(_shorten(text.rstrip()).split("\n"))
 
 
 def _shorten(text: str) -> str:

@@ -1885,6 +1885,9 @@ LINT: list[tuple[str, str, str]] = [
     ("", CLEAN + "bcc: a\r\nBCC: b\r\n", "duplicate-field bcc-header"),
     ("", CLEAN + "To: a\r\nTo: b\r\nX: 1\r\nX: 2\r\n\r\nTo: c\r\n", "duplicate-field"),
     ("", CLEAN + "Subject: a\r\nsubject: b\r\n\r\n", "duplicate-field"),
+    ("", "X-Tag : a\r\n" + CLEAN + "To : a\r\nTo\t: b\r\n\r\n", "duplicate-field"),
+    ("", (CLEAN + "\r\nTo: a\r\nTo: b\r\n").replace("\r\n", "\r\r\n"), "bare-cr"),
+    ("", "é is text\r\n" + CLEAN, "missing-date missing-from missing-message-id"),
 ]
 
 
@@ -5061,6 +5064,60 @@ def test_text_that_takes_long_to_make(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     run(scenario)
     assert (tmp_path / "output").read_text() == "True"
+
+
+def test_print_as_sent() -> None:
+    """Only what a terminal would interpret is escaped."""
+    message = mime(
+        "To: b@b.test <c@c.test>,\r\n\t(x",
+        "to : =?utf-8?q?a=0A=1B?= =?utf-8?q?b_?= [d]",
+        "Cc: [object Object]",
+        "Content-Type: multipart/mixed; boundary=1",
+        "",
+        "--1",
+        "",
+        "日本\u3000語\u202f1\xa0\u200f\u061c\u200c\u200d\xad\t",
+        "\x1b[0m\x7f\x9b\u202e\u2066\r",
+        "--1",
+        "",
+        " \t",
+        "--1",
+        "",
+        "https://a.test",
+    )
+    assert dsmtpd._as_text(message) == (
+        "---------- MESSAGE FOLLOWS ----------\n"
+        "To: b@b.test <c@c.test>,\t(x\n"
+        "To: a\\n\\x1bb  [d]\n"
+        "Cc: [object Object]\n"
+        "Subject: \n"
+        "Envelope: a@x.test -> b@y.test\n"
+        "\n"
+        "日本\u3000語\u202f1\xa0\u200f\u061c\u200c\u200d\xad\t\n"
+        "\\x1b[0m\\x7f\\x9b\\u202e\\u2066\n"
+        "\n"
+        "https://a.test\n"
+        "\n"
+        "Links:\n"
+        "  https://a.test\n"
+        "\n"
+        "Attachments:\n"
+        "  unnamed (text/plain, 2 bytes)\n"
+        "  unnamed (text/plain, 14 bytes)\n"
+        "------------ END MESSAGE ------------\n"
+    )
+    message = mime(
+        "Content-Type: multipart/x; boundary=1",
+        "",
+        "--1",
+        "",
+        "\xa0",
+        "--1",
+        "Content-Type: text/html",
+        "",
+        "<p>abc</p>",
+    )
+    assert "\nabc\n\nHTML: 10 characters\n" in dsmtpd._as_text(message)
 
 
 def test_print_of_long_and_binary_content() -> None:
