@@ -2025,7 +2025,8 @@ def _read_attributes(document: str, position: int) -> tuple[int, str]:
         if attribute["name"] is None:
             return attribute.end(), "".join(hrefs[:1])
         if attribute["name"].lower() == "href":
-            hrefs.append(attribute["value"] or "")
+            value = attribute["value"] or ""
+            hrefs.append(value[1:-1] if value.startswith(('"', "'")) else value)
     return len(document), ""
 
 
@@ -2065,7 +2066,7 @@ class _TextWriter:
             self._is_preformatted = name == "pre"
 
     def _start_link(self, href: str) -> None:
-        target = _REFERENCE.sub(_decode_reference, href.strip("\"'"))
+        target = _REFERENCE.sub(_decode_reference, href)
         self._link = re.sub(r"[\t\n\r]", "", target).strip()  # as the URL standard, section 4.4
         if re.match("#|mailto:|tel:|javascript:|$", self._link, re.IGNORECASE):
             self._link = ""

@@ -1049,6 +1049,7 @@ def test_links_in_text(text: str, urls: list[str]) -> None:
         ("<a title='href=a>'href = b href=c>d</a>", "d <b>", ["b"]),
         ("<a data-href=a\nhref=' b\r\nc '>d</a><area href=e>", "d <bc>", ["bc", "e"]),
         ("<a href=/it's>b</a> isn't", "b </it's> isn't", ["/it's"]),
+        ("<a href=\"?a='b'\">c</a>", "c <?a='b'>", ["?a='b'"]),
         ("<img alt='a>b'>x<ul><li>1<li>2</ul>", "x\n\n1\n2", []),
         ("<tr>\n<td>a</td> <td>b<th>c</tr><tr><td>d", "a  b  c\n\nd", []),
         ("a<form>b</form><h4>c</h4>d<dl><dt>e<dd>f</dl>g", "a\nb\n\nc\nd\n\ne\nf\ng", []),
