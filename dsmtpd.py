@@ -1458,7 +1458,7 @@ class Rules:
 # Octets of a header field that are decoded; most servers accept fewer in a whole header.
 MAX_FIELD_SIZE = 65_536
 
-# Parts of a message that are decoded.
+# Parts of a message that are decoded; those after them are only in the content.
 MAX_PARTS = 10_000
 
 
@@ -1758,6 +1758,7 @@ def decode_words(text: str) -> str:
 
 
 def _decode_adjacent(run: re.Match[str]) -> str:
+    """Decode adjacent encoded-words; those in an unknown charset stay as they are."""
     texts = []
     words = re.finditer(_ENCODED_WORD, run[0], re.IGNORECASE)
     for charset, group in groupby(words, key=lambda word: word[1].lower()):
@@ -1794,6 +1795,7 @@ _PARAMETER = re.compile(
 
 
 def _first_token(value: str) -> str:
+    """Return a media type, a mechanism, a disposition or a charset, in lower case; or ""."""
     match = _TOKEN.match(value)
     return match[1].lower() if match else ""
 
