@@ -1858,7 +1858,6 @@ _LABELS = {
     "": "idna punycode raw_unicode_escape unicode_escape",  # no charsets
 }
 _CODECS = {label: codec for codec, labels in _LABELS.items() for label in labels.split()}
-_DOUBLE_BYTE_CODECS = ("big5hkscs", "cp932", "cp949", "gb18030")
 
 
 @lru_cache
@@ -1894,12 +1893,12 @@ def decode_text(octets: bytes, label: str) -> str:
 def _replace_undecodable(error: UnicodeError) -> tuple[str, int]:
     """Error handler that does what the decoders of the WHATWG Encoding Standard do."""
     assert isinstance(error, UnicodeDecodeError)
-    first, *rest = error.object[error.start : error.end + 1]
-    if error.encoding == "charmap" and first < 0xA0:
-        return chr(first), error.end
-    if error.encoding in _DOUBLE_BYTE_CODECS and 0x80 < first < 0xFF and rest and rest[0] >= 0x80:
-        return "\ufffd", error.start + 2
-    return "\ufffd", error.end
+    first, end = error.object[error.start], error.end
+    if error.encoding == "charmap":
+        return chr(first) if first < 0xA0 else "\ufffd", end
+    if 0x80 < first < 0xFF and error.object[end : end + 1] >= b"\x80":
+        return "\ufffd", end + 1  # a double-byte charset, in which this octet belongs to it
+    return "\ufffd", end
 
 
 def _replace_pair(error: UnicodeError) -> tuple[str, int]:
