@@ -18,6 +18,7 @@ import json
 import logging
 import mailbox
 import os
+import pickle
 import random
 import re
 import runpy
@@ -770,7 +771,11 @@ def test_envelope() -> None:
 
 SUBJECTS = {
     b"Subject: Welcome Email\r\n\r\nText": "Welcome Email",
-    b"To: a\r\nsubject:\ta\r\n\tb\r\n  c\r\nX: y\r\n": "a b c",
+    b"To: a\r\nsubject:\ta\r\n\tb\r\n  c\r\nX: y\r\n": "a\tb  c",
+    b"X : y\r\nSubject\t: a\r\n\r\n": "a",
+    b"X: y\r\r\nSubject: a\r\r\n b\r\r\n\r\r\nText\r\r\n": "a b",
+    b"From a@b Sat Nov 21\r\nSubject: mbox\r\n\r\n": "mbox",
+    b"No field\r\nSubject: in the body\r\n": "",
     b"X: y\r\n Subject: folded\r\n\r\n": "",
     b"X: y\r\n\r\nSubject: in the body\r\n": "",
     b"\r\nSubject: in the body\r\n": "",
@@ -780,9 +785,14 @@ SUBJECTS = {
     b"Subject: \xff\r\n": "\ufffd",
     "Subject: h\u20ac=?utf-8?q?=E2=82=AC?= b\r\n".encode(): "h\u20ac\u20ac b",
     b"Subject: =?nothing?q?a?=\r\n": "=?nothing?q?a?=",
-    b"Subject: =?utf-8?b?a?=\r\n": "=?utf-8?b?a?=",
+    b"Subject: =?utf-8?b?a?=\r\n": "",
     b"Subject: =?utf-7?q?+2AA-?=\r\n": "?",
-    b"Subject: =?utf-8?q?a=0D=0Ab?=\r\n": "a b",
+    b"Subject: =?utf-8?q?a=0D=0Ab?=\r\n": "a\r\nb",
+    b"Subject: =?UTF-8?Q?_=C2=A0a__b=E3=80=80?=\r\n\t=?utf-8?b?w6kg?=\r\n": " \xa0a  b\u3000é ",
+    b"Subject: =?utf-8?q?M=C3?= =?UTF-8?q?=BCnchen?= =?us-ascii?q?er?= x\r\n": "Münchener x",
+    b"Subject: (=?utf-8*de?q?a b?==?latin1?b?6Q?=)\r\n": "(a b\xe9)",
+    b"Subject: =?nothing?q?a?= =?nothing?q?b?=\r\n": "=?nothing?q?a?= =?nothing?q?b?=",
+    b"Subject: =?euc-jp?b?raIgjrE?= =?utf-8?q?=E2=82=C3=A9?=\r\n": "② ｱ\ufffdé",
     b"Subject": "",
     b"": "",
 }
@@ -820,8 +830,96 @@ def test_decoded_parts() -> None:
         ("", "message/rfc822"),
     ]
     assert message.attachments[0].content == b"a text file\r\n"
-    assert b"%PDF" not in message.attachments[0].content
-    assert message.attachments[1].content.startswith(b"From: =?")
+    assert message.attachments[1].content == HTML_MESSAGE.as_bytes(policy=email.policy.SMTP)
+
+
+# Lines; "|" is a line end. Then the text, the HTML, and the attachments: name, type and content.
+STRUCTURES: list[tuple[str, str, str, list[tuple[str, str, bytes]]]] = [
+    ("Subject: x||Text", "Text", "", []),
+    ("Text| more", "Text\n more", "", []),
+    (" Text", " Text", "", []),
+    ("|Text", "Text", "", []),
+    ("Content-Type : text/html|X-Y\t: z||<p>", "", "<p>", []),
+    ("Content-Type: application/json||{}", "", "", [("", "application/json", b"{}")]),
+    (
+        "Content-Type: multipart/alternative; boundary=a b=1'|||--a b=1'||1|--a b=1'"
+        "|Content-Type: text/html||2|--a b=1'|Content-Type: text/x-amp-html||3"
+        "|--a b=1'|Content-Type: Text/Calendar; method=REQUEST||4|--a b=1'--|epilogue",
+        "1",
+        "2",
+        [("", "text/x-amp-html", b"3"), ("", "text/calendar", b"4")],
+    ),
+    # The second text, an empty part, a part without an end, lines that are no delimiters
+    (
+        'Content-Type: multipart/mixed; boundary="B:1"||preamble|--B:1 |X: y||1|--B:12|2||--B:1|'
+        "Content-Type: text/plain||3|--B:1|--B:1|Content-Type: text/csv||4|",
+        "1\n--B:12\n2\n",
+        "",
+        [("", "text/plain", b"3"), ("", "text/plain", b""), ("", "text/csv", b"4\r\n")],
+    ),
+    # Multiparts in multiparts, of which one is not closed and one has no parts
+    (
+        "Content-Type: multipart/mixed; boundary=1||--1|Content-Type: multipart/related; boundary=2"
+        "||--2|Content-Type: multipart/alternative; boundary=3||--3||a|--3--|--2"
+        "|Content-Type: image/png||b|--1|Content-Type: multipart/x; boundary=4||c|--1--|--1||d",
+        "a",
+        "",
+        [("", "image/png", b"b"), ("", "multipart/x", b"c")],
+    ),
+    # Messages in messages
+    (
+        "Content-Type: multipart/digest; boundary=1||--1||Subject: a||b|--1"
+        "|Content-Disposition: inline; filename=x.eml|Content-Transfer-Encoding: base64||YQpiCg==|"
+        "--1|Content-Type: text/plain||c|--1--|",
+        "c",
+        "",
+        [("", "message/rfc822", b"Subject: a\r\n\r\nb"), ("x.eml", "message/rfc822", b"a\nb\n")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("lines", "text", "html", "attachments"), STRUCTURES)
+def test_structures(
+    lines: str, text: str, html: str, attachments: list[tuple[str, str, bytes]]
+) -> None:
+    message = mime(*lines.split("|"))
+    assert (message.text, message.html) == (text, html)
+    assert [(item.name, item.type, item.content) for item in message.attachments] == attachments
+
+
+def test_double_line_ends() -> None:
+    """Lines end in CR CR LF, as those of a file with CRLF that curl --crlf sends."""
+    lines = "Content-Type: multipart/mixed; boundary=1|X: y||--1||a|b|--1|Content-Type: text/html"
+    message = mime(f"{lines}||=3D|--1--|".replace("|", "\r\r\n"))
+    assert (message.text, message.html, message.attachments) == ("a\nb", "=3D", [])
+
+
+# Parameters of Content-Disposition, or a field with others, and the name of the file
+FILE_NAMES = [
+    ("filename=a.pdf", "a.pdf"),
+    ('FileName = "a  b\\"c;d\\\\.pdf" ; size=1', 'a  b"c;d\\.pdf'),
+    ('filename="C:\\dir\\a.pdf"', "C:\\dir\\a.pdf"),
+    ("filename=two words (1).pdf; size=1", "two words (1).pdf"),
+    ("filename=it's.pdf", "it's.pdf"),
+    ("filename==?iso-8859-1?q?=E4=F6_?= =?utf-8?b?w7wucGRm?=;", "äö ü.pdf"),
+    ('filename="=?utf-8?q?=C3=A4_=C3=B6?=\r\n =?utf-8?q?=C3=BC?=.pdf"', "ä öü.pdf"),
+    ('filename="a\u3000\xa0b.pdf', "a\u3000\xa0b.pdf"),
+    ("filename*=UTF-8'de'%C3%A4%20b.pdf; filename=x.pdf", "ä b.pdf"),
+    ("filename=x.pdf; filename*=latin1''%80.pdf", "€.pdf"),
+    ("filename*=%C3%A4.pdf", "ä.pdf"),
+    ("filename*1*=%A4b.pdf; filename*0*=utf-8''a%C3; filename*3=d", "aäb.pdf"),
+    ('filename*0="a;b"; filename*1=c.pdf', "a;bc.pdf"),
+    ("filename*0*=utf-8''" + "%E8%AA%9E;\r\n filename*1*=" * 1 + "%E8%AA%9E" * 300, "語" * 301),
+    ("x\r\nContent-Type: image/png; name*=utf-8''%C3%A4.png", "ä.png"),
+    ("filename*=''; filename=\r\nContent-Type: image/png; name=a b.png; x=y", "a b.png"),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize(("parameters", "name"), FILE_NAMES)
+def test_file_names(parameters: str, name: str) -> None:
+    message = mime(f"Content-Disposition: attachment; {parameters}", "Content-ID: <i@d> ", "", "x")
+    assert [(item.name, item.content_id) for item in message.attachments] == [(name, "i@d")]
 
 
 @pytest.mark.parametrize(
@@ -829,7 +927,10 @@ def test_decoded_parts() -> None:
     [
         ("Content-Type: text/plain; charset=no-such-charset", "Grüße"),
         ("Content-Type: text/plain; charset=punycode", "Grüße"),
-        ("Content-Type: text/plain; charset=latin1", "GrÃ¼Ã\x9fe"),
+        ("Content-Type: text/plain; charset=rot13", "Grüße"),
+        ("Content-Type: text/plain; charset=latin1", "GrÃ¼ÃŸe"),
+        ("Content-Type: text/plain; charset = 'UTF8' (a comment)", "Grüße"),
+        ("Content-Type: text/plain; charset*=utf-8''koi8-r", "Grц╪ц÷e"),
         ("Content-Transfer-Encoding: no-such-encoding", "Grüße"),
         ("Content-Type: no type at all", "Grüße"),
         ("X: y", "Grüße"),
@@ -839,6 +940,54 @@ def test_text_of_odd_messages(header: str, text: str) -> None:
     assert mime(header, "", "Grüße").text == text
 
 
+@pytest.mark.parametrize("field", ["BASE64 ", "base64;x", "(a) base64\t(b)", '\r\n "base64"'])
+def test_transfer_encodings(field: str) -> None:
+    for body in ("SMO2", "S MO2=", "SA==w7Y", "!SMO2A"):
+        assert mime(f"Content-Transfer-Encoding: {field}", "", body).text == "Hö"
+    assert mime("Content-Transfer-Encoding: Quoted-Printable;", "", "=\r\nH=c3=B6=").text == "Hö"
+
+
+# Labels of a charset, octets, and the text that browsers make of them
+CHARSETS = [
+    ("us-ascii ISO-8859-1 latin1 windows-1252 x-cp1252", b"\x80\x93\x81\xe4", "€“\x81ä"),
+    ("iso-8859-9 windows-1254 latin5", b"\x80\xfe", "€ş"),
+    ("iso-8859-11 tis-620 windows-874", b"\x85\xa1\xff", "…ก\ufffd"),
+    ("iso-8859-8-i iso-8859-8-e logical", b"\xf9", "ש"),
+    ("windows-1253", b"\xaaa", "\ufffda"),
+    (
+        "gb2312 gbk x-gbk gb_2312-80 gb18030",
+        b"\xa2\xa1 \x87a \xff\x81\xffa",
+        "\u2170 嘺 \ufffd\ufffda",
+    ),
+    ("big5 big5-hkscs cn-big5", b"\xa4\xa4\xf9\xd6\x81\xfe", "中碁\ufffd"),
+    (
+        "shift_jis ms_kanji x-sjis windows-31j",
+        b"\x87@\x81`\xfa\xb1\x81\xfda\xff",
+        "①\uff5e﨑\ufffda\ufffd",
+    ),
+    ("euc-kr ks_c_5601-1987 korean windows-949", b"\x8cc\xff\xc9\xa1a", "똠\ufffd\ufffda"),
+    ("euc-jp x-euc-jp", b"\xad\xa1\xa1\xc1\xf9\xb5\x8e\xb1\xffa\xa4", "①\uff5e侊ｱ\ufffda\ufffd"),
+    (
+        "iso-2022-jp cp50221",
+        b"a\x1b$B-!!A|bL\n)!\x1b(B\xffb\x1b(I1\x1b(Jc",
+        "a①\uff5e髙\ufffd\n\ufffd\ufffdbｱc",
+    ),
+    ("utf-8 unicode-1-1-utf-8", b"\xef\xbb\xbfa\xe2\x82b\xf0\x9f\x98\xc3\xa4", "a\ufffdb\ufffdä"),
+    ("utf-16 unicode", b"\xff\xfea\0\xac ", "a€"),
+    ("koi8-r koi8", b"\xc1", "\u0430"),
+]
+
+
+@pytest.mark.parametrize(("labels", "octets", "text"), CHARSETS)
+def test_charsets(labels: str, octets: bytes, text: str) -> None:
+    for label in labels.split():
+        header = f'Content-Type: text/plain; charset="{label}"\r\n'
+        assert envelope(content=header.encode() + b"\r\n" + octets).text == text
+        word = base64.b64encode(octets)
+        subject = b"Subject: =?%b?b?%b?=\r\n" % (label.encode(), word)
+        assert envelope(content=subject).subject == text
+
+
 @pytest.mark.parametrize(
     ("text", "urls"),
     [
@@ -846,8 +995,19 @@ def test_text_of_odd_messages(header: str, text: str) -> None:
         ("(http://a.test/b) <https://c.test>", ["http://a.test/b", "https://c.test"]),
         ("https://a.test/wiki/A_(b)", ["https://a.test/wiki/A_(b)"]),
         ("https://a.test! https://b.test https://a.test", ["https://a.test", "https://b.test"]),
-        ("ftp://a.test mailto:a@b.test www.a.test", []),
+        ("ftp://a.test mailto:a@b.test www.a.test https:// https://.", []),
         ("HTTPS://A.test/\u00fc.", ["HTTPS://A.test/\u00fc"]),
+        ("(https://a.test/(b)(c))d", ["https://a.test/(b)(c)"]),
+        ("[a](https://a.test/b) {https://[::1]/}", ["https://a.test/b", "https://[::1]/"]),
+        ("'https://a.test/it's' `https://b.test`", ["https://a.test/it's", "https://b.test"]),
+        ("„https://a.test“\u2039https://b.test\u203a", ["https://a.test", "https://b.test"]),
+        ("\uff08https://a.test\uff09『https://b.test』", ["https://a.test", "https://b.test"]),
+        ("https://a.test、https://b.test\uff01", ["https://a.test", "https://b.test"]),
+        ("https://a.test؟ https://b.test।", ["https://a.test", "https://b.test"]),
+        (
+            "https://a.test/x\u2013y https://a.test\xa0b",
+            ["https://a.test/x\u2013y", "https://a.test"],
+        ),
     ],
 )
 def test_links_in_text(text: str, urls: list[str]) -> None:
@@ -858,9 +1018,9 @@ def test_links_in_text(text: str, urls: list[str]) -> None:
     ("document", "text", "urls"),
     [
         ("<p>a<p>b<br>c</p>", "a\nb\nc", []),
-        ("a &lt;b&gt; &amp;&nbsp;c 1 < 2", "a <b> & c 1 < 2", []),
-        ("<!-- <a href='x://y'> --><b>x</b", "x<b", []),
-        ("<title>t</title><script>var a = '<p>';</script>x", "x", []),
+        ("a &lt;b&gt; &amp;&nbsp;c 1 < 2", "a <b> &\xa0c 1 < 2", []),
+        ("<!-- <a href='x://y'> --><!--><b>x</b", "x", []),
+        ("<title>t</title><script>var a = '<p>';</script >x<![if mso]><?y?>", "x", []),
         (
             '<a href="https://a.test/?b&amp;c">b</a>',
             "b <https://a.test/?b&c>",
@@ -868,15 +1028,67 @@ def test_links_in_text(text: str, urls: list[str]) -> None:
         ),
         ("<A HREF=app://open>b</A>", "b <app://open>", ["app://open"]),
         ("<a href='mailto:a@b'>b</a> <a href=#c>c</a>", "b c", []),
-        ("<a href='https://a.test'>https://a.test</a>", "https://a.test", ["https://a.test"]),
+        ("<a href=TEL:1>b</a><a href=' java&#10;script:c'>c</a><a href>d</a>", "bcd", []),
+        (
+            "<a href='https://a.test'><b>https://a.test</b></a>",
+            "https://a.test",
+            ["https://a.test"],
+        ),
+        (
+            "<a href='/b?c=1'>b</a> <a href='{{ url }}'>c</a>",
+            "b </b?c=1> c <{{ url }}>",
+            ["/b?c=1", "{{ url }}"],
+        ),
+        (
+            "<a href='?a&lt=1&notify&not&para;&#38;&#x26;&sect'>b</a>",
+            "b <?a&lt=1&notify¬¶&&§>",
+            ["?a&lt=1&notify¬¶&&§"],
+        ),
+        ("<a title='href=a>'href = b href=c>d</a>", "d <b>", ["b"]),
+        ("<a data-href=a\nhref=' b\r\nc '>d</a><area href=e>", "d <bc>", ["bc", "e"]),
+        ("<a href=/it's>b</a> isn't", "b </it's> isn't", ["/it's"]),
+        ("<a href=\"?a='b'\">c</a>", "c <?a='b'>", ["?a='b'"]),
         ("<img alt='a>b'>x<ul><li>1<li>2</ul>", "x\n\n1\n2", []),
+        ("<tr>\n<td>a</td> <td>b<th>c</tr><tr><td>d", "a  b  c\n\nd", []),
+        ("a<form>b</form><h4>c</h4>d<dl><dt>e<dd>f</dl>g", "a\nb\n\nc\nd\n\ne\nf\ng", []),
+        ("<b>a </b> b\n<pre>\n  c\n d  e</pre> <i> f</i>", "a b\n\n  c\n d  e\nf", []),
+        ("a\u3000 \xa0b", "a\u3000 \xa0b", []),
         (f"a&#{'9' * 5000};b&#{'0' * 5000}65;", "ab", []),
     ],
 )
 def test_parse_html(document: str, text: str, urls: list[str]) -> None:
     found_text, found_urls = dsmtpd.parse_html(document)
-    assert found_text.replace("\xa0", " ").replace("x</b", "x<b").replace("<b<b", "<b") == text
+    assert found_text == text
     assert list(dict.fromkeys(found_urls)) == urls
+
+
+def test_link() -> None:
+    message = mime("", "https://a.test/verify?a=1 https://a.test/b https://c.test/b")
+    assert message.link("/verify") == "https://a.test/verify?a=1"
+    for part, count in (("/b", 2), ("/none", 0)):
+        with pytest.raises(LookupError) as caught:
+            message.link(part)
+        assert str(caught.value) == (
+            f"{count} links contain '{part}'; the links of the message:\n"
+            "  https://a.test/verify?a=1\n  https://a.test/b\n  https://c.test/b"
+        )
+    with pytest.raises(LookupError, match="the links of the message: none"):
+        mime("").link("")
+
+
+def test_header() -> None:
+    message = mime("X-Tag:  =?utf-8?q?=C3=A9?=\r\n  b ", "x-tag: c", "", "X-Body: d")
+    assert (message.header("x-TAG"), message.header("X-Body")) == ("é  b ", "")
+    assert envelope(content="To: a <é@b>; (\r\n".encode()).header("To") == "a <é@b>; ("
+
+
+def test_pickle() -> None:
+    message = envelope(content=HTML_MESSAGE.as_bytes(policy=email.policy.SMTP))
+    assert message.email["Subject"] == message.subject
+    assert (message.links, message.attachments[0].name) != ([], "")
+    copy = pickle.loads(pickle.dumps(message))
+    assert copy == message
+    assert copy.attachments == message.attachments
 
 
 # --- Pages --------------------------------------------------------------------------------
@@ -1982,6 +2194,9 @@ LINT: list[tuple[str, str, str]] = [
     ("", CLEAN + "bcc: a\r\nBCC: b\r\n", "duplicate-field bcc-header"),
     ("", CLEAN + "To: a\r\nTo: b\r\nX: 1\r\nX: 2\r\n\r\nTo: c\r\n", "duplicate-field"),
     ("", CLEAN + "Subject: a\r\nsubject: b\r\n\r\n", "duplicate-field"),
+    ("", "X-Tag : a\r\n" + CLEAN + "To : a\r\nTo\t: b\r\n\r\n", "duplicate-field"),
+    ("", (CLEAN + "\r\nTo: a\r\nTo: b\r\n").replace("\r\n", "\r\r\n"), "bare-cr"),
+    ("", "é is text\r\n" + CLEAN, "missing-date missing-from missing-message-id"),
 ]
 
 
@@ -4237,11 +4452,50 @@ def test_malformed_messages(content: bytes) -> None:
     assert isinstance(message.subject, str)
     assert isinstance(message.text + message.html + "".join(message.links), str)
     assert all(isinstance(item.content, bytes) for item in message.attachments)
-    for part in message.email.walk():
-        for name, value in part.items():
-            assert isinstance(name + str(value), str)
-        part.get_content_type()
-        part.get_filename()
+    dsmtpd._as_text(message).encode()
+
+
+# The start of a message, and what follows it again and again.
+LARGE = [
+    (b"", b"Content-Type: multipart/mixed; boundary=a\r\n\r\n--a\r\n"),
+    (b"Content-Type: multipart/digest; boundary=B\r\n", b"\r\n--B\r\n\r\n"),
+    (b'Content-Type: multipart/mixed; boundary="a:b"\r\n\r\n', b"--a:b\n"),
+    (b"Content-Type: multipart/mixed; boundary=B\r\n\r\n", b"--B\r\nContent-Type: (((((\r\n\r\n"),
+    (b"Content-Type: text/plain", b'; a="\\'),
+    (b"Content-Type: text/plain; charset=", b"(a)' "),
+    (b"Content-Disposition: attachment; filename*0=a", b"; filename*1=b"),
+    (b"To: ", b"(a)("),
+    (b"Subject: ", b"=?utf-8?q?a?= =?"),
+    (b"Subject: a", b"\r\r\n "),
+    (b"a", b" "),
+    (b"Content-Transfer-Encoding: base64\r\n\r\n", b"Y="),
+    (b"Content-Type: text/plain; charset=iso-2022-jp\r\n\r\n", b"\x1b$B\xff!"),
+    (b"Content-Type: text/plain; charset=gbk\r\n\r\n", b"\xff"),
+    (b"\r\n", b"https://a(\xe3\x80\x82"),
+    *(
+        (b"Content-Type: text/html\r\n\r\n", markup)
+        for markup in (
+            b"<a ",
+            b"<a b='",
+            b'<a b="c',
+            b"<a href=b>",
+            b"<!--",
+            b"<td>",
+            b"&a",
+            b"&#1",
+        )
+    ),
+    (b"Content-Type: text/html\r\n\r\n<a href='", b"&a&#1"),
+]
+
+
+@pytest.mark.parametrize(("start", "unit"), LARGE)
+def test_time_for_large_messages(start: bytes, unit: bytes) -> None:
+    """It is linear: a quadratic search takes ten times the limit, and more."""
+    message = envelope(content=start + unit * (100_000 // len(unit)))
+    began = time.process_time()
+    assert dsmtpd._as_text(message)
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -4259,8 +4513,7 @@ def test_random_headers(seed: int) -> None:
     message.subject.encode()
     assert isinstance(message.text + message.html + "".join(message.links), str)
     assert all(isinstance(item.content, bytes) for item in message.attachments)
-    for name in names:
-        str(message.email[name])
+    dsmtpd._as_text(message).encode()
 
 
 PYTEST_FILE = """
@@ -5000,6 +5253,60 @@ def test_standard_output_without_a_descriptor(
     assert status == 0
 
 
+def test_print_as_sent() -> None:
+    """Only what a terminal would interpret is escaped."""
+    message = mime(
+        "To: b@b.test <c@c.test>,\r\n\t(x",
+        "to : =?utf-8?q?a=0A=1B?= =?utf-8?q?b_?= [d]",
+        "Cc: [object Object]",
+        "Content-Type: multipart/mixed; boundary=1",
+        "",
+        "--1",
+        "",
+        "日本\u3000語\u202f1\xa0\u200f\u061c\u200c\u200d\xad\t",
+        "\x1b[0m\x7f\x9b\u202e\u2066\r",
+        "--1",
+        "",
+        " \t",
+        "--1",
+        "",
+        "https://a.test",
+    )
+    assert dsmtpd._as_text(message) == (
+        "---------- MESSAGE FOLLOWS ----------\n"
+        "To: b@b.test <c@c.test>,\t(x\n"
+        "To: a\\n\\x1bb  [d]\n"
+        "Cc: [object Object]\n"
+        "Subject: \n"
+        "Envelope: a@x.test -> b@y.test\n"
+        "\n"
+        "日本\u3000語\u202f1\xa0\u200f\u061c\u200c\u200d\xad\t\n"
+        "\\x1b[0m\\x7f\\x9b\\u202e\\u2066\n"
+        "\n"
+        "https://a.test\n"
+        "\n"
+        "Links:\n"
+        "  https://a.test\n"
+        "\n"
+        "Attachments:\n"
+        "  unnamed (text/plain, 2 bytes)\n"
+        "  unnamed (text/plain, 14 bytes)\n"
+        "------------ END MESSAGE ------------\n"
+    )
+    message = mime(
+        "Content-Type: multipart/x; boundary=1",
+        "",
+        "--1",
+        "",
+        "\xa0",
+        "--1",
+        "Content-Type: text/html",
+        "",
+        "<p>abc</p>",
+    )
+    assert "\nabc\n\nHTML: 10 characters\n" in dsmtpd._as_text(message)
+
+
 def test_print_of_long_and_binary_content() -> None:
     limit = dsmtpd.MAX_PRINTED_LENGTH
     printed = dsmtpd._as_text(envelope(content=b"\r\n" + b"\x01" * (limit + 5)))
@@ -5075,7 +5382,9 @@ def test_print(tmp_path: Path) -> None:
         "\n"
         "Willkommen\n"
         "\n"
-        "Ihr Link <https://example.com/verify?a=1&b=2>\\x1b[31m\n"
+        "Ihr\xa0Link <https://example.com/verify?a=1&b=2>\\x1b[31m\n"
+        "\n"
+        "HTML: 166 characters\n"
         "\n"
         "Links:\n"
         "  https://example.com/verify?a=1&b=2\n"
