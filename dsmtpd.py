@@ -1764,236 +1764,6 @@ def decode_parameter(parameters: Mapping[str, str], name: str) -> str:
     return decode_words(decode_text(octets, charset) or parameters.get(name, ""))
 
 
-# --- Pages ----------------------------------------------------------------------------
-
-# Bytes of content that a page shows, and of the images that are put into its HTML.
-MAX_PAGE_CONTENT = 33_554_432
-
-# The frame of a message inherits the policy: templates need styles, and images and fonts from
-# the web, and nothing else.
-_HEAD = """\
-<!doctype html>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta name="referrer" content="no-referrer">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; form-action 'none';
-  base-uri 'none'; img-src data: http: https:; font-src data: http: https:;
-  style-src 'unsafe-inline' data: http: https:">
-<style>
-  :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
-  body { margin: 0; display: flex; flex-direction: column; overflow-wrap: anywhere }
-"""
-
-_PAGE = Template(
-    _HEAD
-    + """\
-  body { min-height: 100vh }
-  header { padding: 1rem 1.25rem .75rem }
-  h1, dd { margin: 0; max-height: 6rem; overflow: auto }
-  h1 { font-size: 1.3rem; line-height: 1.3 }
-  dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .5rem 0 0 }
-  dt { opacity: .65 }
-  dd { white-space: pre-wrap }
-  dd span { display: inline-block; margin-right: 1rem }
-  main { flex: 1; display: grid; grid-template: auto 1fr / auto auto auto 1fr }
-  input { position: absolute; opacity: 0 }
-  label { padding: .3rem 1.25rem; cursor: pointer; border-bottom: 3px solid transparent }
-  :checked + label { border-color: LinkText }
-  :focus-visible + label { outline: auto }
-  iframe { width: 100%; height: 100%; min-height: 24rem; box-sizing: border-box; border: 0;
-           background: white; color-scheme: light }
-  pre { margin: 0; padding: 1rem 1.25rem; white-space: pre-wrap; font: 13px/1.5 monospace }
-  label + * { display: none; grid-area: 2 / 1 / auto / -1; border-top: 1px solid #8885 }
-  :checked + label + * { display: block }
-  @media (max-width: 30rem) { header { font-size: .8rem } dd { max-height: 3.6rem } }
-  @media print { label { display: none } iframe { min-height: 90vh } }
-</style>
-<base target="_blank">
-<title>$subject</title>
-<header>
-<h1>$subject</h1>
-<dl>
-$fields
-</dl>
-</header>
-<main>
-$views
-</main>
-"""
-)
-_VIEW = Template(
-    '<input type="radio" name="view" id="$name" $checked><label for="$name">$name</label>$markup'
-)
-_FRAME = Template(
-    '<iframe title="HTML" sandbox="allow-popups allow-popups-to-escape-sandbox"'
-    ' srcdoc="$document"></iframe>'
-)
-
-# The list grows at its end, and shows its end first; a new message does not scroll it.
-_LIST = (
-    _HEAD
-    + """\
-  :root { overflow-anchor: none }
-  body { flex-direction: column-reverse }
-  p, a { padding: .6rem 1rem; margin: 0; border-bottom: 1px solid #8885 }
-  p:not(:only-child) { display: none }
-  a { color: CanvasText; text-decoration: none; line-height: 1.4 }
-  a:hover, a:focus { background: #8882 }
-  time, span { display: block; opacity: .7; font-size: .85rem }
-  time { float: right; margin-left: 1rem }
-  mark { padding: 0 .4rem; border-radius: 1rem; background: #8884; color: inherit;
-         white-space: nowrap }
-</style>
-<meta http-equiv="refresh" content="2">
-<base target="message">
-<title>Messages</title>
-<p>No messages yet. Let your application send one to the SMTP server, by default at
-127.0.0.1 port 1025. It appears here within two seconds.</p>
-"""
-)
-_ENTRY = Template(
-    '<a href="$name"><time>$time</time><b>$subject</b><span>$envelope$marks</span></a>\n'
-)
-
-_INDEX = """\
-<!doctype html>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>dsmtpd</title>
-<style>
-  :root { color-scheme: light dark }
-  body { margin: 0; height: 100vh; display: grid; grid-template: 1fr / minmax(18rem, 25%) 1fr }
-  iframe { width: 100%; height: 100%; border: 0; outline: 1px solid #8885 }
-  @media (max-width: 50rem) { body { grid-template: 1fr 2fr / 1fr } }
-</style>
-<iframe src="list.html" title="Messages"></iframe>
-<iframe name="message" title="Message"></iframe>
-"""
-
-# cid-url = "cid" ":" content-id (RFC 2392 section 2), where it begins an attribute or an argument
-# in CSS, or follows a comma in srcset
-_CID_URL = re.compile(r"""(["'(=,]\s*)cid:([^\s"'<>(),]+)""", re.IGNORECASE)
-_TARGET_ATTRIBUTE = re.compile(r"(<[^<>]*\s)target(?=\s*=)", re.IGNORECASE)
-
-
-def render_page(envelope: Envelope) -> str:
-    """Return a message as one HTML page that needs no other file, and no script."""
-    fields = {name: envelope.header(name) for name in "From To Cc Reply-To Date".split()}
-    fields["Envelope"] = f"{envelope.mail_from} → {', '.join(envelope.rcpt_tos)}"
-    fields["Warnings"] = "\n".join(envelope.warnings)
-    fields = {name: html.escape(text) for name, text in fields.items()}
-    views = {"Text": f"<pre>The content of {len(envelope.content):,} bytes is not shown.</pre>"}
-    if len(envelope.content) <= MAX_PAGE_CONTENT:
-        fields["Attachments"] = "".join(map(_download_link, envelope.attachments))
-        views = _views(envelope)
-    page = _PAGE.substitute(
-        subject=html.escape(envelope.subject or "(no subject)"),
-        fields="\n".join(f"<dt>{name}<dd>{text}" for name, text in fields.items() if text),
-        views="\n".join(
-            _VIEW.substitute(name=name, markup=markup, checked="" if number else "checked")
-            for number, (name, markup) in enumerate(views.items())
-        ),
-    )
-    return page.encode("utf-8", "replace").decode()  # surrogates cannot be written
-
-
-def _views(envelope: Envelope) -> dict[str, str]:
-    """Return {name: markup} of the views of a message, beginning with the one to show."""
-    text = envelope.text if envelope.text.strip() else parse_html(envelope.html)[0]
-    source = html.escape(envelope.content.decode("utf-8", "replace"))
-    views = {"Text": f"<pre>{_with_links(text)}</pre>", "Source": f"<pre>{source}</pre>"}
-    if envelope.html:
-        document = html.escape(_frame_document(envelope.html, envelope.attachments))
-        views = {"HTML": _FRAME.substitute(document=document), **views}
-    return views
-
-
-def _frame_document(document: str, attachments: Iterable[Attachment]) -> str:
-    """Return the HTML of a message with its attached images in it.
-
-    Links open a new tab, because the sandbox allows no other target.
-    """
-    urls = {item.content_id: _data_url(item.type, item.content) for item in attachments}
-    size = 0
-
-    def embed(match: re.Match[str]) -> str:
-        nonlocal size
-        before, content_id = match.groups()
-        url = urls.get(unquote(content_id), "")
-        size += len(url)
-        return before + url if url and size <= MAX_PAGE_CONTENT else match[0]
-
-    document = _TARGET_ATTRIBUTE.sub(r"\1data-target", document)
-    return "<base target=_blank>" + _CID_URL.sub(embed, document)
-
-
-def _data_url(media_type: str, content: bytes) -> str:
-    return f"data:{quote(media_type, '/+')};base64,{base64.b64encode(content).decode()}"
-
-
-def _download_link(attachment: Attachment) -> str:
-    url = _data_url("application/octet-stream", attachment.content)  # no browser shows this type
-    name = html.escape(attachment.name)
-    description = html.escape(f"{attachment.type}, {len(attachment.content):,} bytes")
-    return f'<span><a download="{name}" href="{url}">{name or "unnamed"}</a> ({description})</span>'
-
-
-def _with_links(text: str) -> str:
-    """Return a text as HTML, with its URLs as links."""
-    parts = []
-    position = 0
-    for url in find_urls(text):
-        start = text.index(url, position)
-        link = html.escape(url)
-        parts += [html.escape(text[position:start]), f'<a href="{link}">{link}</a>']
-        position = start + len(url)
-    return "".join([*parts, html.escape(text[position:])])
-
-
-class PageDirectory:
-    """A directory with a page for each message, and a list of them to open in a browser.
-
-    Several servers may share it. Raises OSError if it cannot be created or written.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).absolute()
-        self._create()
-        if not os.access(self.path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
-
-    @property
-    def url(self) -> str:
-        """The file: URL of the list."""
-        return (self.path / "index.html").as_uri()
-
-    def add(self, envelope: Envelope) -> None:
-        """Write the page of a message, and append a line to the list. Raises OSError."""
-        self._create()  # someone may have deleted its files
-        name = f"{envelope.received:%Y%m%d-%H%M%S}-{os.urandom(4).hex()}.html"
-        (self.path / name).write_bytes(envelope.as_html().encode())
-        with open(self.path / "list.html", "ab", buffering=0) as file:
-            file.write(_list_entry(name, envelope).encode("utf-8", "replace"))  # one write
-
-    def _create(self) -> None:
-        with contextlib.suppress(FileExistsError):
-            os.makedirs(self.path)
-        for name, text in {"index.html": _INDEX, "list.html": _LIST}.items():
-            with contextlib.suppress(FileExistsError), open(self.path / name, "xb") as file:
-                file.write(text.encode())
-
-
-def _list_entry(name: str, envelope: Envelope) -> str:
-    counts = {"Attachments": len(envelope.attachments), "Warnings": len(envelope.warnings)}
-    return _ENTRY.substitute(
-        name=name,
-        time=f"{envelope.received.astimezone():%d %b %H:%M}",
-        subject=html.escape(envelope.subject[:200] or "(no subject)"),
-        envelope=html.escape(f"{envelope.mail_from} → {', '.join(envelope.rcpt_tos)}"[:200]),
-        marks="".join(f" <mark>{noun}: {count}</mark>" for noun, count in counts.items() if count),
-    )
-
-
 # --- Charsets -------------------------------------------------------------------------
 
 # {codec: the labels for which it is used, as Python names their codecs, or as sent where Python
@@ -2261,6 +2031,236 @@ def _decode_reference(reference: re.Match[str]) -> str:
     if reference[1].startswith("#"):
         return html.unescape(reference[0])
     return html5.get(reference[1], reference[0])
+
+
+# --- Pages ----------------------------------------------------------------------------
+
+# Bytes of content that a page shows, and of the images that are put into its HTML.
+MAX_PAGE_CONTENT = 33_554_432
+
+# The frame of a message inherits the policy: templates need styles, and images and fonts from
+# the web, and nothing else.
+_HEAD = """\
+<!doctype html>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="referrer" content="no-referrer">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; form-action 'none';
+  base-uri 'none'; img-src data: http: https:; font-src data: http: https:;
+  style-src 'unsafe-inline' data: http: https:">
+<style>
+  :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
+  body { margin: 0; display: flex; flex-direction: column; overflow-wrap: anywhere }
+"""
+
+_PAGE = Template(
+    _HEAD
+    + """\
+  body { min-height: 100vh }
+  header { padding: 1rem 1.25rem .75rem }
+  h1, dd { margin: 0; max-height: 6rem; overflow: auto }
+  h1 { font-size: 1.3rem; line-height: 1.3 }
+  dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .5rem 0 0 }
+  dt { opacity: .65 }
+  dd { white-space: pre-wrap }
+  dd span { display: inline-block; margin-right: 1rem }
+  main { flex: 1; display: grid; grid-template: auto 1fr / auto auto auto 1fr }
+  input { position: absolute; opacity: 0 }
+  label { padding: .3rem 1.25rem; cursor: pointer; border-bottom: 3px solid transparent }
+  :checked + label { border-color: LinkText }
+  :focus-visible + label { outline: auto }
+  iframe { width: 100%; height: 100%; min-height: 24rem; box-sizing: border-box; border: 0;
+           background: white; color-scheme: light }
+  pre { margin: 0; padding: 1rem 1.25rem; white-space: pre-wrap; font: 13px/1.5 monospace }
+  label + * { display: none; grid-area: 2 / 1 / auto / -1; border-top: 1px solid #8885 }
+  :checked + label + * { display: block }
+  @media (max-width: 30rem) { header { font-size: .8rem } dd { max-height: 3.6rem } }
+  @media print { label { display: none } iframe { min-height: 90vh } }
+</style>
+<base target="_blank">
+<title>$subject</title>
+<header>
+<h1>$subject</h1>
+<dl>
+$fields
+</dl>
+</header>
+<main>
+$views
+</main>
+"""
+)
+_VIEW = Template(
+    '<input type="radio" name="view" id="$name" $checked><label for="$name">$name</label>$markup'
+)
+_FRAME = Template(
+    '<iframe title="HTML" sandbox="allow-popups allow-popups-to-escape-sandbox"'
+    ' srcdoc="$document"></iframe>'
+)
+
+# The list grows at its end, and shows its end first; a new message does not scroll it.
+_LIST = (
+    _HEAD
+    + """\
+  :root { overflow-anchor: none }
+  body { flex-direction: column-reverse }
+  p, a { padding: .6rem 1rem; margin: 0; border-bottom: 1px solid #8885 }
+  p:not(:only-child) { display: none }
+  a { color: CanvasText; text-decoration: none; line-height: 1.4 }
+  a:hover, a:focus { background: #8882 }
+  time, span { display: block; opacity: .7; font-size: .85rem }
+  time { float: right; margin-left: 1rem }
+  mark { padding: 0 .4rem; border-radius: 1rem; background: #8884; color: inherit;
+         white-space: nowrap }
+</style>
+<meta http-equiv="refresh" content="2">
+<base target="message">
+<title>Messages</title>
+<p>No messages yet. Let your application send one to the SMTP server, by default at
+127.0.0.1 port 1025. It appears here within two seconds.</p>
+"""
+)
+_ENTRY = Template(
+    '<a href="$name"><time>$time</time><b>$subject</b><span>$envelope$marks</span></a>\n'
+)
+
+_INDEX = """\
+<!doctype html>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>dsmtpd</title>
+<style>
+  :root { color-scheme: light dark }
+  body { margin: 0; height: 100vh; display: grid; grid-template: 1fr / minmax(18rem, 25%) 1fr }
+  iframe { width: 100%; height: 100%; border: 0; outline: 1px solid #8885 }
+  @media (max-width: 50rem) { body { grid-template: 1fr 2fr / 1fr } }
+</style>
+<iframe src="list.html" title="Messages"></iframe>
+<iframe name="message" title="Message"></iframe>
+"""
+
+# cid-url = "cid" ":" content-id (RFC 2392 section 2), where it begins an attribute or an argument
+# in CSS, or follows a comma in srcset
+_CID_URL = re.compile(r"""(["'(=,]\s*)cid:([^\s"'<>(),]+)""", re.IGNORECASE)
+_TARGET_ATTRIBUTE = re.compile(r"(<[^<>]*\s)target(?=\s*=)", re.IGNORECASE)
+
+
+def render_page(envelope: Envelope) -> str:
+    """Return a message as one HTML page that needs no other file, and no script."""
+    fields = {name: envelope.header(name) for name in "From To Cc Reply-To Date".split()}
+    fields["Envelope"] = f"{envelope.mail_from} → {', '.join(envelope.rcpt_tos)}"
+    fields["Warnings"] = "\n".join(envelope.warnings)
+    fields = {name: html.escape(text) for name, text in fields.items()}
+    views = {"Text": f"<pre>The content of {len(envelope.content):,} bytes is not shown.</pre>"}
+    if len(envelope.content) <= MAX_PAGE_CONTENT:
+        fields["Attachments"] = "".join(map(_download_link, envelope.attachments))
+        views = _views(envelope)
+    page = _PAGE.substitute(
+        subject=html.escape(envelope.subject or "(no subject)"),
+        fields="\n".join(f"<dt>{name}<dd>{text}" for name, text in fields.items() if text),
+        views="\n".join(
+            _VIEW.substitute(name=name, markup=markup, checked="" if number else "checked")
+            for number, (name, markup) in enumerate(views.items())
+        ),
+    )
+    return page.encode("utf-8", "replace").decode()  # surrogates cannot be written
+
+
+def _views(envelope: Envelope) -> dict[str, str]:
+    """Return {name: markup} of the views of a message, beginning with the one to show."""
+    text = envelope.text if envelope.text.strip() else parse_html(envelope.html)[0]
+    source = html.escape(envelope.content.decode("utf-8", "replace"))
+    views = {"Text": f"<pre>{_with_links(text)}</pre>", "Source": f"<pre>{source}</pre>"}
+    if envelope.html:
+        document = html.escape(_frame_document(envelope.html, envelope.attachments))
+        views = {"HTML": _FRAME.substitute(document=document), **views}
+    return views
+
+
+def _frame_document(document: str, attachments: Iterable[Attachment]) -> str:
+    """Return the HTML of a message with its attached images in it.
+
+    Links open a new tab, because the sandbox allows no other target.
+    """
+    urls = {item.content_id: _data_url(item.type, item.content) for item in attachments}
+    size = 0
+
+    def embed(match: re.Match[str]) -> str:
+        nonlocal size
+        before, content_id = match.groups()
+        url = urls.get(unquote(content_id), "")
+        size += len(url)
+        return before + url if url and size <= MAX_PAGE_CONTENT else match[0]
+
+    document = _TARGET_ATTRIBUTE.sub(r"\1data-target", document)
+    return "<base target=_blank>" + _CID_URL.sub(embed, document)
+
+
+def _data_url(media_type: str, content: bytes) -> str:
+    return f"data:{quote(media_type, '/+')};base64,{base64.b64encode(content).decode()}"
+
+
+def _download_link(attachment: Attachment) -> str:
+    url = _data_url("application/octet-stream", attachment.content)  # no browser shows this type
+    name = html.escape(attachment.name)
+    description = html.escape(f"{attachment.type}, {len(attachment.content):,} bytes")
+    return f'<span><a download="{name}" href="{url}">{name or "unnamed"}</a> ({description})</span>'
+
+
+def _with_links(text: str) -> str:
+    """Return a text as HTML, with its URLs as links."""
+    parts = []
+    position = 0
+    for url in find_urls(text):
+        start = text.index(url, position)
+        link = html.escape(url)
+        parts += [html.escape(text[position:start]), f'<a href="{link}">{link}</a>']
+        position = start + len(url)
+    return "".join([*parts, html.escape(text[position:])])
+
+
+class PageDirectory:
+    """A directory with a page for each message, and a list of them to open in a browser.
+
+    Several servers may share it. Raises OSError if it cannot be created or written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self._create()
+        if not os.access(self.path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
+
+    @property
+    def url(self) -> str:
+        """The file: URL of the list."""
+        return (self.path / "index.html").as_uri()
+
+    def add(self, envelope: Envelope) -> None:
+        """Write the page of a message, and append a line to the list. Raises OSError."""
+        self._create()  # someone may have deleted its files
+        name = f"{envelope.received:%Y%m%d-%H%M%S}-{os.urandom(4).hex()}.html"
+        (self.path / name).write_bytes(envelope.as_html().encode())
+        with open(self.path / "list.html", "ab", buffering=0) as file:
+            file.write(_list_entry(name, envelope).encode("utf-8", "replace"))  # one write
+
+    def _create(self) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(self.path)
+        for name, text in {"index.html": _INDEX, "list.html": _LIST}.items():
+            with contextlib.suppress(FileExistsError), open(self.path / name, "xb") as file:
+                file.write(text.encode())
+
+
+def _list_entry(name: str, envelope: Envelope) -> str:
+    counts = {"Attachments": len(envelope.attachments), "Warnings": len(envelope.warnings)}
+    return _ENTRY.substitute(
+        name=name,
+        time=f"{envelope.received.astimezone():%d %b %H:%M}",
+        subject=html.escape(envelope.subject[:200] or "(no subject)"),
+        envelope=html.escape(f"{envelope.mail_from} → {', '.join(envelope.rcpt_tos)}"[:200]),
+        marks="".join(f" <mark>{noun}: {count}</mark>" for noun, count in counts.items() if count),
+    )
 
 
 # --- Lint -----------------------------------------------------------------------------
