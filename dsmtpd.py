@@ -451,7 +451,11 @@ class Session:
         for action in self._dialogue:
             if action is None:
                 return
-            yield self._send(action) if isinstance(action, Reply) else action
+            if isinstance(action, Reply):
+                action = self._send(action)
+            elif isinstance(action, Close):
+                self.ended = True
+            yield action
 
     def end(self, reply: Reply | None = None) -> bytes:
         """Log how the connection ends, and return what is sent at last.
@@ -489,7 +493,7 @@ class Session:
         if (yield from self._input.starts_with(_TLS_HANDSHAKE)):
             hint = "use --tls implicit, or STARTTLS in the client"
             log.warning("%s: TLS on a plain connection; %s", self.peer, hint)
-            yield from self._close()
+            yield Close()
         while not self.ended:
             yield from self._reply_with(self._answer_command())
 
@@ -503,16 +507,12 @@ class Session:
             if refusal.rule.reply is not None:
                 yield refusal.rule.reply
             if refusal.rule.drop:
-                yield from self._close()
+                yield Close()
         except SMTPError as error:
             if error.reply.code >= 500:
                 self._errors += 1
             # RFC 5321 section 4.3.2
             yield error.reply if self._errors <= MAX_ERRORS else TOO_MANY_ERRORS
-
-    def _close(self) -> Dialogue[None]:
-        self.ended = True
-        yield Close()
 
     def _greet(self) -> Dialogue[Reply]:
         address = self.peer.rpartition(":")[0].strip("[]")
@@ -2821,7 +2821,7 @@ class Server:
     These attributes are set once the server has started: host and port are the first address
     that it listens on, and addresses are all of them. maildir is the Maildir where messages are
     stored, or None. cafile is the file of the temporary certificate, for clients that verify it,
-    or None; it exists while the server runs.
+    or None; it exists while the server runs. clients is how many have connected so far.
     """
 
     def __init__(
@@ -2842,6 +2842,7 @@ class Server:
         self.addresses: list[tuple[str, int]] = []
         self.maildir: Maildir | None = None
         self.cafile: str | None = None
+        self.clients = 0
         self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._on_refusal = on_refusal
@@ -2851,11 +2852,8 @@ class Server:
         self._sockets: list[socket.socket] = []
         self._listening = contextlib.ExitStack()  # closes the listening sockets
         self._cleanup = contextlib.ExitStack()  # removes the certificate, ends the thread
-        self.clients = 0
-        """How many clients have connected so far."""
         self._max_connections = _max_connections()
         self._connections: dict[asyncio.Task[None], Connection] = {}
-        self._started = False
         self._closed = asyncio.Event()
 
     async def start(self, sockets: list[socket.socket] | None = None) -> None:
@@ -2865,9 +2863,8 @@ class Server:
         cannot be used, mailbox.Error for a directory that cannot, and RuntimeError if no thread
         can be started, or if the server was started before.
         """
-        if self._started:
+        if self._sockets:
             raise RuntimeError("a Server can be started only once; create another one")
-        self._started = True
         with contextlib.ExitStack() as cleanup:
             opened_here = not sockets
             sockets = sockets or listen(self.config)
@@ -3078,27 +3075,26 @@ def listen(config: Config) -> list[socket.socket]:
 def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket.socket]:
     """Return a listening socket for each address that this machine has."""
     sockets: list[socket.socket] = []
-    with contextlib.ExitStack() as cleanup:
-        for family, (host, port, *scope) in addresses:
-            if sockets:
-                port = sockets[0].getsockname()[1]
-            try:
-                sock = socket.create_server(
-                    (host, port, *scope),
-                    family=family,
-                    reuse_port=reuse_port,
-                    # The address of all interfaces stands for those of IPv4 as well.
-                    dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
-                )
-            except OSError as error:
-                unavailable = error
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-            else:
-                sockets.append(cleanup.enter_context(sock))
-        if not sockets:
-            raise unavailable
-        cleanup.pop_all()
+    errors: list[OSError] = []
+    for family, (host, port, *scope) in addresses:
+        if sockets:
+            port = sockets[0].getsockname()[1]
+        address = (host, port, *scope)
+        # The address of all interfaces stands for those of IPv4 as well.
+        dualstack = host == "::" and socket.has_dualstack_ipv6()
+        try:
+            sock = socket.create_server(
+                address, family=family, reuse_port=reuse_port, dualstack_ipv6=dualstack
+            )
+            sockets.append(sock)
+        except OSError as error:
+            errors.append(error)
+    unavailable = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    errors.sort(key=lambda error: error.errno in unavailable)
+    if errors and (not sockets or errors[0].errno not in unavailable):
+        for sock in sockets:
+            sock.close()
+        raise errors[0]
     return sockets
 
 
