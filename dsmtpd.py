@@ -2298,7 +2298,8 @@ class Server:
             [task for task, client in self._connections.items() if client.last_activity > recently],
             quit_timeout,
         )
-        await asyncio.sleep(0)
+        for _ in range(5):  # until asyncio has handed over the connections that it has accepted
+            await asyncio.sleep(0)
         self._listening.close()
         for connection in self._connections.values():
             connection.interrupt(SHUTTING_DOWN)
@@ -2388,7 +2389,7 @@ async def _wait_for_tasks(tasks: Collection[asyncio.Task[None]], timeout: float)
     """
     if not tasks or not timeout:
         return
-    waiting = asyncio.ensure_future(asyncio.wait(tasks))
+    waiting = asyncio.ensure_future(asyncio.wait([*tasks]))  # some may be removed before it starts
     loop = asyncio.get_running_loop()
     timer = threading.Timer(timeout, loop.call_soon_threadsafe, [waiting.cancel])
     timer.start()
