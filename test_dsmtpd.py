@@ -2139,17 +2139,15 @@ def test_rest_of_the_input_after_a_disconnect(
 
 def test_message_of_a_client_that_hangs_up_during_a_delay(tmp_path: Path) -> None:
     with dsmtpd.capture(directory=tmp_path, fail=[". * delay 0.1"]) as inbox:
-        with smtplib.SMTP(inbox.host, inbox.port) as client:
-            client.ehlo()
-            client.mail("a@b")
-            client.rcpt("c@d")
-            client.docmd("DATA")
-            client.send("Subject: Hi\r\n.\r\n")
-            assert client.sock is not None
-            client.sock.close()
-            message = inbox.wait(subject="Hi")
-        assert message.path is not None
-        assert message.path.exists()
+        client = smtplib.SMTP(inbox.host, inbox.port)
+        client.ehlo()
+        client.mail("a@b")
+        client.rcpt("c@d")
+        client.docmd("DATA")
+        client.send("Subject: Hi\r\n.\r\n")
+        client.close()
+        path = inbox.wait(subject="Hi").path
+    assert path in (tmp_path / "new").iterdir()
 
 
 def test_pipelined_commands_do_not_block_other_session() -> None:
@@ -2211,7 +2209,8 @@ def test_idle_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
         peer.writer.write(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nhalf a")
         codes = [(await peer.reply())[:3] for _ in range(5)]
         assert codes == ["250", "250", "250", "354", "421"]
-        peer = await connect(limit=1)
+        peer = await connect()
+        pause(peer)
         with contextlib.suppress(ConnectionError):
             while True:
                 peer.writer.write(b"HELP\r\n" * 10_000)
@@ -2395,21 +2394,22 @@ def connect_tls(pem: Path, port: int) -> ssl.SSLSocket:
 
 @OPENSSL
 @pytest.mark.parametrize("command", [b"", b"QUIT\r\n"])
-def test_silent_tls_client(command: bytes, pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another client gets its place, although it neither ends TLS nor closes its socket."""
+def test_silent_tls_clients(command: bytes, pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another client gets their place, although they neither end TLS nor close their sockets."""
     monkeypatch.setattr(dsmtpd, "IDLE_TIMEOUT", 0.1)
-    monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 2)
 
     async def scenario(server: Server, connect: Connect) -> None:
-        with await asyncio.to_thread(connect_tls, pem, server.port) as client:
-            client.sendall(command)
-            await until(lambda: server._connections)
-            # While the only place is taken, the connection is closed without a reply.
-            with socket.create_connection((server.host, server.port)) as other:
-                assert await asyncio.to_thread(other.recv, 100) == b""
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                client = await asyncio.to_thread(connect_tls, pem, server.port)
+                stack.enter_context(client).sendall(command)
+            # While all places are taken, a connection is closed without a reply.
+            assert (await connect()).greeting == ""
             await until(lambda: not server._connections)
-            with await asyncio.to_thread(connect_tls, pem, server.port) as next_client:
-                assert (await asyncio.to_thread(next_client.recv, 100)).startswith(b"220 ")
+            client = await asyncio.to_thread(connect_tls, pem, server.port)
+            greeting = await asyncio.to_thread(stack.enter_context(client).recv, 100)
+            assert greeting.startswith(b"220 ")
 
     serve(scenario, tls="implicit", cert=pem / "cert.pem", key=pem / "key.pem")
 
@@ -3416,7 +3416,9 @@ def test_handler_that_does_not_return(tmp_path: Path) -> None:
         "    received.wait()\n"
     )
     completed = python(code, tmp_path)
-    assert "RuntimeError: the handler <function hangs" in completed.stderr
+    assert "RuntimeError: the server did not stop within 0.2 s: the handler <function hangs" in (
+        completed.stderr
+    )
     assert completed.returncode == 1
 
 
