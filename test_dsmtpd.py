@@ -154,7 +154,7 @@ def test_input(
     assert source.is_empty
 
 
-def read(reader: Iterator[None], source: dsmtpd.Input, data: Iterator[bytes]) -> Any:
+def read(reader: Iterator[object], source: dsmtpd.Input, data: Iterator[bytes]) -> Any:
     """Return what a method of Input returns, which gets more data when it waits for it."""
     while True:
         try:
@@ -540,17 +540,9 @@ def test_content_without_smtputf8(body: str, content: str, expected: str) -> Non
 # --- Content ------------------------------------------------------------------------------
 
 CONTENTS = [
-    b"",
-    b"\r\n",
-    b".\r\n",
-    b"..\r\n.\r\n...\r\n",
-    b"no line end\r\n",
-    b"\x00\xff\x80\r\n",
-    b"bare \r and \n and \r\r\n\n\r\n",
-    b"a\r\n\r\n\r\nb\r\n",
-    b"x" * 1_000_000 + b"\r\n",
-    bytes(range(256)) * 40 + b"\r\n",
-    b"\r\r\r\n.\n.\r.\r\n",
+    *[b"", b"\r\n", b".\r\n", b"..\r\n.\r\n...\r\n", b"no line end\r\n", b"\x00\xff\x80\r\n"],
+    *[b"bare \r and \n and \r\r\n\n\r\n", b"a\r\n\r\n\r\nb\r\n", b"\r\r\r\n.\n.\r.\r\n"],
+    *[b"x" * 1_000_000 + b"\r\n", bytes(range(256)) * 40 + b"\r\n"],
 ]
 # Sequences that some servers accept as the end of the content (SMTP smuggling).
 NOT_TERMINATORS = [
@@ -1179,11 +1171,7 @@ FAILURES: list[tuple[list[str], list[str], str]] = [
     (["EHLO *.test 550"], ["EHLO x", "EHLO a.test"], "250 550"),
     (["STARTTLS * 454 4.7.0 TLS not available"], ["STARTTLS", "NOOP"], "454 250"),
     (["AUTH login* 535 5.7.8"], ["AUTH LOGIN", "AUTH PLAIN", "*"], "535 334 501"),
-    (
-        ["BDAT * x1 452"],
-        [*MESSAGE[:2], "BDAT 4", "QU", "NOOP", MESSAGE[0]],
-        "250 250 - 452 250 250",
-    ),
+    (["BDAT * x1 452"], [*MESSAGE[:2], "BDAT 4", "QU", MESSAGE[0]], "250 250 - 452 250"),
     (["BDAT * 452"], [*MESSAGE[:2], "BDAT 2 LAST\r\n", "NOOP"], "250 250 452 250"),
     ([". * 451"], [*MESSAGE[:2], "BDAT 0 LAST", "NOOP"], "250 250 451 250"),
     (["RSET * 421"], ["RSET", "NOOP"], "421 -"),
@@ -1402,6 +1390,7 @@ def test_lint_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 # --- Refusals in the log ----------------------------------------------------------------------
 
 START = [HELLO, "MAIL FROM:<a@b>", "RCPT TO:<c@d>"]
+ACCOUNT = {"auth": {"u": "p"}}
 REFUSALS: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, [HELLO, "MAIL FROM:a@b"], "MAIL FROM:a@b refused: 501 5.5.4 Syntax: MAIL FROM:<address>"),
     ({}, ["MAIL FROM:<a@b>"], "MAIL FROM:<a@b> refused: 503 5.5.1 Send EHLO or HELO first"),
@@ -1412,11 +1401,7 @@ REFUSALS: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, ["NOOP", "X" * 20_000], "(line of over 12288 octets) refused: 500 5.5.2 Line too long"),
     ({}, ["STARTTLS"], "STARTTLS refused: 502 5.5.1 TLS is not available (see --tls)"),
     ({}, ["GET / HTTP/1.1"], "GET / HTTP/1.1 refused: 421 4.7.0 HTTP request refused"),
-    (
-        {"fail": ["RCPT * 550 5.1.1 No such user"]},
-        START,
-        "RCPT TO:<c@d> refused: 550 5.1.1 No such user",
-    ),
+    ({"fail": ["RCPT * 550 5.1.1 No"]}, START, "RCPT TO:<c@d> refused: 550 5.1.1 No"),
     ({"fail": ["CONNECT * 554 5.7.1 No"]}, [], "CONNECT 127.0.0.1 refused: 554 5.7.1 No"),
     (
         {"max_size": 5},
@@ -1429,14 +1414,14 @@ REFUSALS: list[tuple[dict[str, Any], list[str], str]] = [
         "message a@b -> c@d [Hi] refused: 554 5.6.0"
         " missing-date: no Date field (RFC 5322 section 3.6.1)",
     ),
-    ({"auth": {"u": "p"}}, START[:2], "MAIL FROM:<a@b> refused: 530 5.7.0 Authentication required"),
+    (ACCOUNT, START[:2], "MAIL FROM:<a@b> refused: 530 5.7.0 Authentication required"),
     (
-        {"auth": {"u": "p"}},
+        ACCOUNT,
         [HELLO, "AUTH PLAIN " + b64("\0\x1bob\0pass")],
         "AUTH PLAIN *** refused: 535 5.7.8 Authentication failed (user '\\x1bob': unknown user)",
     ),
     (
-        {"auth": {"u": "p"}},
+        ACCOUNT,
         [HELLO, "AUTH LOGIN", "dQ==", "cGFzcw=="],
         "AUTH LOGIN refused: 535 5.7.8 Authentication failed (user 'u': wrong password)",
     ),
@@ -1694,6 +1679,14 @@ def test_maildir_creation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert files(tmp_path / "other") == ["cur", "file", "new", "tmp"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_maildir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "new").symlink_to("/proc/self")
+    for directory in (tmp_path, Path("/proc/self/mail")):
+        with pytest.raises(mailbox.Error, match=f"cannot write to {directory}"):
+            dsmtpd.Maildir(directory)
+
+
 # --- Server -------------------------------------------------------------------------------
 
 
@@ -1804,24 +1797,6 @@ def has_ipv6() -> bool:
     except OSError:
         return False
     return True
-
-
-@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
-def test_ipv6_and_host_name() -> None:
-    envelopes: list[Envelope] = []
-
-    async def scenario(server: Server, connect: Connect) -> None:
-        assert server.addresses == [("::1", server.port)]
-        await (await connect()).send_mail()
-
-    async def scenario_with_name(server: Server, connect: Connect) -> None:
-        for host in {info[4][0] for info in socket.getaddrinfo("localhost", 0)}:
-            await connect(host=host)
-
-    serve(scenario, interface="::1", handler=envelopes.append)
-    serve(scenario_with_name, interface="localhost")
-    assert envelopes[0].peer.startswith("[::1]:")
-    assert b"from x ([::1]) by" in dsmtpd.trace_header(envelopes[0], "KEY")
 
 
 @pytest.mark.skipif(not (has_ipv6() and socket.has_dualstack_ipv6()), reason="needs dual stack")
@@ -2062,7 +2037,7 @@ def test_message_of_a_client_that_hangs_up_during_a_delay(tmp_path: Path) -> Non
         client.send("Subject: Hi\r\n.\r\n")
         client.close()
         path = inbox.wait(subject="Hi").path
-    assert path in (tmp_path / "new").iterdir()
+    assert path in list((tmp_path / "new").iterdir())
 
 
 def test_pipelined_commands_do_not_block_other_session() -> None:
@@ -2080,11 +2055,14 @@ def test_pipelined_commands_do_not_block_other_session() -> None:
     serve(scenario, fail=["NOOP * 550"], on_refusal=refusals.append)
 
 
-def test_host_name_with_duplicate_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+def test_listen_on_a_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its addresses have the same port."""
+    addresses = socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: addresses * 2)
-    (listener,) = dsmtpd.listen(Config(port=0))
-    listener.close()
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(sock) for sock in dsmtpd.listen(Config(port=0))]
+        assert len(listeners) == len(set(addresses))
+        assert len({listener.getsockname()[1] for listener in listeners}) == 1
 
 
 @OPENSSL
@@ -2221,37 +2199,15 @@ def test_early_talker_before_the_greeting() -> None:
     assert early in envelopes[0].warnings
 
 
-def test_close_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection is released even if the last reply cannot be written."""
-
-    def fail(session: dsmtpd.Session, reply: Reply | None = None) -> bytes:
-        raise RuntimeError
-
-    async def scenario(server: Server, connect: Connect) -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
-        peer = await connect()
-        with monkeypatch.context() as patch:
-            patch.setattr(dsmtpd.Session, "end", fail)
-            await peer.exchange("QUIT")
-            assert await peer.reply() == ""
-            await until(lambda: not server._connections)
-
-    serve(scenario)
-
-
 def test_no_delay() -> None:
     """Replies are sent at once, also in several small writes of TLS."""
 
     async def scenario() -> None:
-        for sockets in (None, [socket.create_server(("127.0.0.1", 0))]):
-            server = Server(port=0, handler=str)
-            await server.start(sockets)
-            with socket.create_connection((server.host, server.port)):
-                await until(lambda: server._connections)  # noqa: B023
-                (connection,) = server._connections.values()
-                sock = connection._writer.get_extra_info("socket")
-                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            await server.close()
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = Server(handler=str)
+        await server.start([listener])
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        await server.close()
 
     run(scenario)
 
@@ -2675,6 +2631,798 @@ def test_message_is_stored_before_reply(tmp_path: Path) -> None:
                 client.quit()
     (path,) = (tmp_path / "mail" / "new").iterdir()
     assert path.read_bytes().endswith(b"x" * 100_000 + b"\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
+def test_no_space_left(tmp_path: Path) -> None:
+    """A file size limit makes a write fail halfway, as a full disk does."""
+    import resource
+
+    with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
+        _, hard = resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (10_000, hard))
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            with pytest.raises(smtplib.SMTPDataError) as caught:
+                client.sendmail("a@b", ["c@d"], "x" * 100_000)
+            assert caught.value.smtp_code == 451
+            assert caught.value.smtp_error == b"4.3.0 Cannot store the message, try again later"
+            assert not [path for path in (tmp_path / "mail").rglob("*") if path.is_file()]
+            resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (hard, hard))
+            client.sendmail("a@b", ["c@d"], "x" * 100_000)
+        _, text = server.stop()
+    assert len(list((tmp_path / "mail" / "new").iterdir())) == 1
+    assert "File too large" in text
+
+
+def test_verbose_and_quiet(tmp_path: Path) -> None:
+    with process("-v", "-d", tmp_path / "mail", cwd=tmp_path) as server:
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            client.noop()
+        _, text = server.stop()
+    assert re.search(r" DEBUG: 127\.0\.0\.1:\d+ C: noop\n", text)
+    assert re.search(r" DEBUG: 127\.0\.0\.1:\d+ S: 250 2\.0\.0 OK\n", text)
+    assert "asyncio" not in text
+    completed = command("-q", "-p", "0", "-d", tmp_path / "mail", "-i", "192.0.2.1")
+    assert "INFO" not in completed.stderr
+
+
+def command(
+    *arguments: str | Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the program until it exits."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", SCRIPT, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=20,
+        check=False,
+        env=env,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-p", "70000"], "argument --port: must be from 0 (any free one) to 65535, not 70000"),
+        (["-p", "x"], "argument -p/--port: must be an integer such as 1025, not x"),
+        (["-s", "1e6"], "argument -s/--max-size: must be an integer such as 1025, not 1e6"),
+        (["-s", "-1"], "argument --max-size: must be a number of bytes, or 0 for no limit, not -1"),
+        (["-i", ""], "argument --interface: must be an address or a host name"),
+        (["--direct", "x"], "unknown option --direct\n"),
+        (["pytest", "-q"], "unexpected argument pytest; a command goes after --\n"),
+        (["--tls", "ssl"], "argument --tls: invalid choice: 'ssl'"),
+        (["--cert", "x"], "argument --cert: requires tls"),
+        (["--tls", "starttls", "--key", "x"], "argument --key: requires cert"),
+        (["--auth", "secret"], "argument --auth: must be USER:PASSWORD\n"),
+        (["--expect", "-1"], "argument --expect: must be 0 or more, not -1"),
+        (["--expect", "1.5"], "argument --expect: must be an integer such as 1025, not 1.5"),
+        (["--ignore", "typo"], "argument --ignore: invalid choice: 'typo'"),
+        (["--timeout", "-1"], "argument --timeout: must be a number above 0"),
+        (["--timeout", "nan"], "argument --timeout: must be a number above 0"),
+        (["--"], "expected a command after --"),
+        (["--", ""], "expected a command after --"),
+        (["--json", "--print"], "not allowed with"),
+    ],
+)
+def test_usage_errors(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        dsmtpd.parse_args(["-p", "0", *arguments])
+    assert error.value.code == 2
+    output = capsys.readouterr().err
+    assert text in output
+    assert len(output.splitlines()) == 1
+
+
+def test_exit_status_of_wrong_usage() -> None:
+    completed = command("--direct", "x")
+    assert completed.returncode == 2
+    assert completed.stderr == "dsmtpd: error: unknown option --direct\n"
+
+
+def test_not_a_maildir(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for directory, text in [
+        (tmp_path, f"ERROR: Cannot start: {tmp_path} is not a Maildir: it has no cur, new, tmp"),
+        (tmp_path / "file", f"ERROR: Cannot start: {tmp_path / 'file'} is not a directory"),
+    ]:
+        completed = command("-p", "0", "-d", directory)
+        assert completed.returncode == 2
+        assert completed.stderr.splitlines()[0].endswith(text)
+        assert len(completed.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_cannot_listen(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        for arguments in (["-p", port], ["-p", "0", "-i", "192.0.2.1"], ["-p", "0", "-i", "a..b"]):
+            completed = command(*arguments, "-d", tmp_path / "mail")
+            assert completed.returncode == 3
+            assert len(completed.stderr.splitlines()) == 1
+            assert "Cannot listen on " in completed.stderr
+        assert f"{port}: the port is in use; use another one, or -p 0" in (
+            command("-p", port, "-d", tmp_path / "mail").stderr
+        )
+    assert not (tmp_path / "mail").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.EADDRINUSE, "x"), "127.0.0.1:25: the port is in use; use another one"),
+        (OSError(errno.EADDRNOTAVAIL, "x"), "127.0.0.1:25: this machine does not have that"),
+        (PermissionError(errno.EACCES, "x"), "use -p 1025, or systemd with contrib/dsmtpd.socket"),
+        (socket.gaierror(-2, "x"), "127.0.0.1:25: unknown host name"),
+        (UnicodeError("label empty"), "127.0.0.1:25: unknown host name"),
+        (OSError("something else"), "127.0.0.1:25: something else"),
+    ],
+)
+def test_listen_error_text(error: Exception, text: str) -> None:
+    assert text in dsmtpd._listen_error(Config(port=25), error)
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="needs SO_REUSEPORT")
+def test_two_servers_on_one_port(tmp_path: Path) -> None:
+    options = ["--reuse-port", "-d", str(tmp_path / "mail")]
+    with process(*options, cwd=tmp_path) as first:
+        second_options = [*options, "-p", str(first.port)]
+        with process(*second_options, cwd=tmp_path) as second:
+            assert second.port == first.port
+            for _ in range(50):
+                with smtplib.SMTP("127.0.0.1", first.port) as client:
+                    client.sendmail("a@b", ["c@d"], CLEAN)
+            texts = [first.stop()[1], second.stop()[1]]
+    assert len(mailbox.Maildir(tmp_path / "mail")) == 50
+    assert all(text.count(" -> ") for text in texts)
+
+
+@POSIX
+def test_socket_activation(tmp_path: Path) -> None:
+    """The sockets start at descriptor 3, and LISTEN_PID is the process ID, as with systemd."""
+    starter = (
+        "import os, sys\n"
+        "os.dup2(int(sys.argv[1]), 3)\n"
+        "os.environ.update(LISTEN_PID=str(os.getpid() + int(sys.argv[2])), LISTEN_FDS='1')\n"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[3:]])\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        for pid_offset in (0, 1):  # 1: LISTEN_PID names another process
+            descriptor = os.dup(listener.fileno())
+            os.set_inheritable(descriptor, True)
+            program = ("-c", starter, str(descriptor), str(pid_offset), "-W", "error", SCRIPT)
+            options: dict[str, Any] = {"program": program, "cwd": tmp_path}
+            with process("-d", tmp_path / "mail", **options, close_fds=False) as server:
+                os.close(descriptor)
+                assert (server.port == address[1]) is (not pid_offset)
+                with smtplib.SMTP("127.0.0.1", server.port) as client:
+                    client.sendmail("a@b", ["c@d"], CLEAN)
+                assert server.stop()[0] == 0
+    assert len(mailbox.Maildir(tmp_path / "mail")) == 2
+
+
+def test_version_and_help() -> None:
+    assert command("--version").stdout == f"dsmtpd {dsmtpd.__version__}\n"
+    assert "usage: dsmtpd [options] [-- COMMAND [ARG ...]]\n" in command("-h").stdout
+
+
+def test_module_and_zipapp(tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "app")
+    zipapp.create_archive(tmp_path / "app", tmp_path / "dsmtpd.pyz", main="dsmtpd:main")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    for program in (("-m", "dsmtpd"), (tmp_path / "dsmtpd.pyz",)):
+        with process("-d", tmp_path / "mail", program=program, cwd=tmp_path / "app") as server:
+            with smtplib.SMTP("127.0.0.1", server.port) as client:
+                client.sendmail("a@b", ["c@d"], "Subject: Hi")
+            status, _ = server.stop()
+        assert status == 0
+        completed = subprocess.run(
+            [sys.executable, *program, "-p", "0", "-d", tmp_path / "other"],
+            cwd=tmp_path / "app",
+            check=False,
+        )
+        assert completed.returncode == 2
+    assert len(list((tmp_path / "mail" / "new").iterdir())) == 2
+
+
+# pip caches a wheel built from an sdist by its path; another run may have the same path.
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-cache-dir")
+
+
+def build_wheel(source: Path, directory: Path) -> Path:
+    """Build a wheel from a source tree or an sdist, without network."""
+    offline = ("--no-index", "--no-deps", "--no-build-isolation")
+    subprocess.run(
+        [*PIP, "wheel", *offline, "--wheel-dir", directory, source],
+        check=True,
+        env={**os.environ, "SOURCE_DATE_EPOCH": str(int(NOW.timestamp()))},
+    )
+    (wheel,) = directory.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("source")
+    (source / "contrib").mkdir()
+    needed = ("dsmtpd.py", "pyproject.toml", "README.rst", "LICENSE", "contrib/build_backend.py")
+    for name in needed:
+        shutil.copy(HERE / name, source / name)
+    return build_wheel(source, tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for sys.path in which the wheel is installed."""
+    path = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [*PIP, "install", "--no-deps", "--no-index", "--target", path, wheel], check=True
+    )
+    return path
+
+
+def test_wheel(wheel: Path, site: Path, tmp_path: Path) -> None:
+    """The wheel can be installed and run."""
+    assert wheel.name == f"dsmtpd-{dsmtpd.__version__}-py3-none-any.whl"
+    program = next((site / "bin").glob("dsmtpd*"))
+    completed = subprocess.run(
+        [program, "--version"],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+    )
+    assert completed.stdout == f"dsmtpd {dsmtpd.__version__}\n"
+    metadata = (site / f"dsmtpd-{dsmtpd.__version__}.dist-info" / "METADATA").read_text("utf-8")
+    assert "Requires-Dist" not in metadata
+    assert (dsmtpd.__doc__ or "").splitlines()[0] in metadata
+
+
+def test_wheel_record(wheel: Path) -> None:
+    """RECORD lists each file of the wheel with its hash and size."""
+    info = f"dsmtpd-{dsmtpd.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert files["dsmtpd.py"] == files["dsmtpd-stubs/__init__.pyi"] == SCRIPT.read_bytes()
+    assert {name.partition("/")[0] for name in files} == {"dsmtpd.py", "dsmtpd-stubs", info}
+    expected = {f"{info}/RECORD,,"}
+    for name, content in files.items():
+        if name != f"{info}/RECORD":
+            digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode()
+            expected.add(f"{name},sha256={digest.rstrip('=')},{len(content)}")
+    assert sorted(files[f"{info}/RECORD"].decode().splitlines()) == sorted(expected)
+
+
+def test_wheel_from_sdist(wheel: Path, tmp_path: Path) -> None:
+    """The wheel built from the sdist is the same."""
+    build = "import build_backend, sys; build_backend.build_sdist(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": str(HERE / "contrib")}
+    subprocess.run([sys.executable, "-c", build, tmp_path], check=True, cwd=HERE, env=environment)
+    sdist = tmp_path / f"dsmtpd-{dsmtpd.__version__}.tar.gz"
+    assert build_wheel(sdist, tmp_path).read_bytes() == wheel.read_bytes()
+
+
+def test_wheel_types(site: Path, tmp_path: Path) -> None:
+    """mypy finds the types of the installed module."""
+    pytest.importorskip("mypy")
+    correct = """\
+import dsmtpd
+from dsmtpd import Config, Envelope, Server, SMTPError
+
+def handler(envelope: Envelope) -> None:
+    if "spam" in envelope.subject:
+        raise SMTPError(554, "5.7.1", "Spam is not accepted")
+
+server: Server = Server(Config(port=0), handler=handler)
+with dsmtpd.capture(handler=handler) as inbox:
+    subject: str = inbox.wait(to="user@test.com", timeout=5).subject
+"""
+    wrong = {
+        'inbox.wait(too="user@test.com")': 'Unexpected keyword argument "too"',
+        "number: int = inbox.wait().subject": 'expression has type "str"',
+        'SMTPError(554, "5.7.1", b"Spam")': 'Argument 3 to "SMTPError"',
+        "inbox.mails": '"Inbox" has no attribute "mails"',
+    }
+    (tmp_path / "user.py").write_text(correct + "\n".join(wrong) + "\n", "utf-8")
+    completed = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=", "--strict", "user.py"],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        cwd=tmp_path,
+        # mypy reads PYTHONPATH like site-packages, and MYPYPATH like the user's own code.
+        env={**os.environ, "PYTHONPATH": str(site), "MYPYPATH": ""},
+    )
+    errors = [line for line in completed.stdout.splitlines() if ": error: " in line]
+    assert len(errors) == len(wrong), completed.stdout + completed.stderr
+    first = correct.count("\n") + 1
+    for number, (error, text) in enumerate(zip(errors, wrong.values(), strict=True), first):
+        assert error.startswith(f"user.py:{number}: error: ")
+        assert text in error
+
+
+# --- Capture --------------------------------------------------------------------------------
+
+
+def send(inbox: dsmtpd.Inbox, to: str = "c@d", subject: str = "Hi", sender: str = "a@b") -> None:
+    with smtplib.SMTP(inbox.host, inbox.port) as client:
+        client.sendmail(sender, [to], f"Subject: {subject}")
+
+
+def test_capture() -> None:
+    with dsmtpd.capture() as inbox:
+        assert inbox.url == f"smtp://127.0.0.1:{inbox.port}"
+        assert inbox.cafile is None
+        send(inbox, "one@x", "First")
+        send(inbox, "two@x", "=?utf-8?q?Zw=C3=B6lf?=", sender="z@x")
+        assert [message.subject for message in inbox.messages] == ["First", "Zwölf"]
+        assert inbox.wait().subject == "First"
+        assert inbox.wait(to="two@x").subject == "Zwölf"
+        assert inbox.wait(mail_from="z@x", subject="ölf").rcpt_tos == ["two@x"]
+        assert inbox.wait(subject="First").email["Subject"] == "First"
+        assert inbox.wait_for(2) == inbox.messages
+        assert len(inbox.wait_for(1)) == 1
+        with pytest.raises(TimeoutError) as caught:
+            inbox.wait(to="three@x", timeout=0.01)
+        assert str(caught.value) == (
+            "0 of 1 messages with to 'three@x' within 0.01 seconds; what arrived:\n"
+            "  a@b -> one@x [First]\n"
+            "  z@x -> two@x [Zwölf]"
+        )
+        inbox.clear()
+        with pytest.raises(TimeoutError, match="what arrived: nothing"):
+            inbox.wait_for(1, timeout=0)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((inbox.host, inbox.port))
+
+
+def test_capture_exceptions() -> None:
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), dsmtpd.capture() as inbox:  # noqa: PT012
+        idle = socket.create_connection((inbox.host, inbox.port))
+        raise ZeroDivisionError
+    idle.close()
+    with dsmtpd.capture() as inbox, pytest.raises(OSError, match="in use"):
+        with dsmtpd.capture(port=inbox.port):
+            pass
+    assert threading.active_count() == before
+
+
+def test_capture_waits_for_quit() -> None:
+    for _ in range(20):
+        with dsmtpd.capture() as inbox:
+            sender = threading.Thread(target=send, args=(inbox,))
+            sender.start()
+            inbox.wait()
+        # pytest fails the test if the thread raises an exception.
+        sender.join()
+
+
+def test_capture_with_an_idle_client() -> None:
+    """A connection that was idle before the end of the block does not delay it."""
+
+    async def scenario(server: Server, connect: Connect) -> None:
+        await connect()
+        for connection in server._connections.values():
+            connection.last_activity -= 60
+        await asyncio.wait_for(server.close(59), 5)
+
+    serve(scenario)
+
+
+def test_capture_with_a_stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that stop the clock also end, and their clients have time to send QUIT."""
+    monkeypatch.setattr(time, "monotonic", lambda: 1.0)
+    with dsmtpd.capture() as inbox:
+        idle = socket.create_connection((inbox.host, inbox.port))
+        assert idle.recv(100).startswith(b"220 ")
+        send(inbox)
+        assert inbox.wait().subject == "Hi"
+        start = time.perf_counter()
+    assert time.perf_counter() - start < 2
+    assert idle.recv(100) == b"421 4.3.2 Shutting down\r\n"
+    idle.close()
+
+
+def test_concurrent_captures() -> None:
+    with contextlib.ExitStack() as stack:
+        inboxes = [stack.enter_context(dsmtpd.capture()) for _ in range(10)]
+        executor = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
+        for number, inbox in enumerate(inboxes):
+            for _ in range(3):
+                executor.submit(send, inbox, f"{number}@x")
+        for number, inbox in enumerate(inboxes):
+            messages = inbox.wait_for(3)
+            assert {message.rcpt_tos[0] for message in messages} == {f"{number}@x"}
+
+
+def test_handler_and_directory(tmp_path: Path) -> None:
+    """The message is stored first; the handler finds it."""
+    stored = []
+
+    def handler(envelope: Envelope) -> None:
+        assert envelope.path is not None
+        stored.append(envelope.path.read_bytes())
+
+    with dsmtpd.capture(handler=handler, directory=tmp_path / "mail", max_size=500) as inbox:
+        send(inbox)
+        path = inbox.wait().path
+        with pytest.raises(smtplib.SMTPSenderRefused, match="exceeds"):
+            send(inbox, subject="x" * 500)
+    assert path is not None
+    assert path.parent == tmp_path / "mail" / "new"
+    assert stored == [path.read_bytes()]
+
+
+def test_refused() -> None:
+    with dsmtpd.capture(fail=["RCPT * x2 451 4.7.1 Greylisted"]) as inbox:
+        for _ in range(3):
+            with contextlib.suppress(smtplib.SMTPRecipientsRefused):
+                send(inbox)
+        assert len(inbox.messages) == 1
+        assert [(item.verb, item.argument.upper(), str(item.reply)) for item in inbox.refused] == [
+            ("RCPT", "TO:<C@D>", "451 4.7.1 Greylisted")
+        ] * 2
+        assert inbox.refused[0].peer.startswith("127.0.0.1:")
+        assert inbox.refused[0].time <= inbox.refused[1].time
+        inbox.clear()
+        assert inbox.refused == []
+
+
+@OPENSSL
+def test_cafile_of_the_command(tmp_path: Path) -> None:
+    code = (
+        "import os, smtplib, ssl\n"
+        "context = ssl.create_default_context(cafile=os.environ['DSMTPD_CAFILE'])\n"
+        "port = int(os.environ['SMTP_PORT'])\n"
+        "with smtplib.SMTP_SSL('localhost', port, context=context) as client: client.noop()\n"
+    )
+    completed = command("-p", "0", "--tls", "implicit", "--", sys.executable, "-c", code)
+    assert completed.returncode == 0, completed.stderr
+
+
+MALFORMED = [
+    b"",
+    b"\xff\xfe\x00",
+    b"no header",
+    b": x\n\n",
+    b'From: <<<>>>@@,;:\nTo: "\nDate: yesterday\nMessage-ID: <\nSender: @\n\n',
+    b'Subject: =?utf-8?b?////?= =?x?y?z?=\nContent-Type: =?;;="\nMIME-Version: x.y\n\n',
+    b"Content-Type: multipart/mixed\n\n--\n",
+    b'Content-Type: multipart/mixed; boundary="\xff"\n\n--\xff\n\n--\xff--',
+    b"Content-Type: text/plain; charset=\"\x00\"; charset*0*=x''%\n\n\xff",
+    b"Content-Transfer-Encoding: base64\n\n!",
+    b"Content-Disposition: ; filename*=''\n\n",
+    b"From: \r\n\t\r\n\r\n",
+    b"To: =?utf-7?q?+2AA-?= <a@[>, ;;\n\n",
+    b"Content-Type: message/rfc822\r\n\r\n" * 3000,
+    b"".join(
+        b"Content-Type: multipart/mixed; boundary=%d\r\n\r\n--%d\r\n" % (n, n) for n in range(3000)
+    ),
+    b"Content-Disposition: attachment; " + b'filename*1="a";' * 20_000 + b"\r\n\r\nx",
+    b"Content-Type: text/html\r\n\r\n" + b"<a '" * 100_000 + b"<!--" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", MALFORMED)
+def test_malformed_messages(content: bytes) -> None:
+    message = envelope(content=content)
+    assert isinstance(message.subject, str)
+    assert isinstance(message.text + message.html + "".join(message.links), str)
+    assert all(isinstance(item.content, bytes) for item in message.attachments)
+    for part in message.email.walk():
+        for name, value in part.items():
+            assert isinstance(name + str(value), str)
+        part.get_content_type()
+        part.get_filename()
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_random_headers(seed: int) -> None:
+    generator = random.Random(seed)
+    names = ["From", "To", "Date", "Message-ID", "Content-Type", "Subject", "MIME-Version"]
+    names += ["Sender", "Content-Disposition", "Content-Transfer-Encoding", "Received"]
+    names += ["References"]
+    atoms = ["<", ">", '"', "@", ";", ":", ",", "=?utf-8?q?", "?=", "\r\n ", "(", ")", "\\"]
+    atoms += ["*0*=", "'", "=", "[", "]", "\x00", "é", "a", "boundary", "multipart/mixed", "1", "%"]
+    atoms += [" ", "."]
+    lines = [f"{name}: {''.join(generator.choices(atoms, k=9))}\r\n" for name in names]
+    lines += ["\r\n", "".join(generator.choices([*atoms, "https://", "<a href=", "&#"], k=300))]
+    message = envelope(content="".join(lines).encode())
+    message.subject.encode()
+    assert isinstance(message.text + message.html + "".join(message.links), str)
+    assert all(isinstance(item.content, bytes) for item in message.attachments)
+    for name in names:
+        str(message.email[name])
+
+
+PYTEST_FILE = """
+import smtplib
+
+def test_message(smtpd):
+    assert smtpd.messages == []
+    with smtplib.SMTP(smtpd.host, smtpd.port) as client:
+        client.sendmail("a@b", ["c@d"], "Subject: Hi")
+    assert smtpd.wait(to="c@d").email["Subject"] == "Hi"
+
+def test_inbox_is_empty(smtpd):
+    assert smtpd.messages == []
+"""
+MARKER_FILE = """
+import pytest
+
+pytestmark = pytest.mark.smtpd(max_size=1000, strict=True)
+
+def ehlo(smtpd):
+    import smtplib
+    with smtplib.SMTP(smtpd.host, smtpd.port) as client:
+        client.ehlo()
+        return client.esmtp_features["size"], client.has_extn("starttls"), client.rcpt("x")
+
+def test_module(smtpd):
+    assert ehlo(smtpd)[0] == "1000"
+
+@pytest.mark.smtpd(max_size=2000, fail=["RCPT * 451 4.7.1 Later"])
+class TestClass:
+    def test_class(self, smtpd):
+        assert ehlo(smtpd) == ("2000", False, (451, b"4.7.1 Later"))
+
+    @pytest.mark.smtpd(max_size=3000)
+    def test_function(self, smtpd):
+        assert ehlo(smtpd) == ("3000", False, (451, b"4.7.1 Later"))
+
+@pytest.mark.smtpd(fial=[])
+def test_unknown(smtpd): pass
+
+@pytest.mark.smtpd("starttls")
+def test_positional(smtpd): pass
+"""
+
+
+def run_pytest(folder: Path, *arguments: str) -> str:
+    """Run pytest with a copy of the module, and return its output."""
+    shutil.copy(SCRIPT, folder)
+    completed = subprocess.run(
+        [sys.executable, "-m", "pytest", "-W", "error", "-q", "--strict-markers", *arguments],
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    return completed.stdout
+
+
+def test_pytest_plugin_of_copied_file(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["dsmtpd"]')
+    (tmp_path / "test_fixture.py").write_text(PYTEST_FILE)
+    (tmp_path / "test_marker.py").write_text(MARKER_FILE)
+    output = run_pytest(tmp_path)
+    assert "5 passed, 2 errors" in output, output
+    assert "TypeError: unknown option 'fial'; the options are interface, port" in output
+    assert "TypeError: the options of the marker smtpd are keyword arguments" in output
+    check = "import sys, dsmtpd; sys.exit('pytest' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
+
+
+def test_fixture_of_smtpdfix_wins(tmp_path: Path) -> None:
+    (tmp_path / "smtpdfix").mkdir()
+    (tmp_path / "smtpdfix" / "__init__.py").touch()
+    (tmp_path / "smtpdfix" / "fixture.py").write_text(
+        "import pytest\n@pytest.fixture\ndef smtpd(): return 'smtpdfix'\n"
+    )
+    (tmp_path / "test_it.py").write_text("def test_it(smtpd): assert smtpd == 'smtpdfix'\n")
+    assert "1 passed" in run_pytest(tmp_path, "-p", "smtpdfix.fixture", "-p", "dsmtpd")
+
+
+def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code that can import dsmtpd."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=30,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(HERE), **environment},
+    )
+
+
+@POSIX
+def test_interrupt_while_capture_starts(tmp_path: Path) -> None:
+    code = (
+        "import dsmtpd, os, signal\n"
+        "listen = dsmtpd.listen\n"
+        "def interrupted(config):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return listen(config)\n"
+        "dsmtpd.listen = interrupted\n"
+        "with dsmtpd.capture(): pass\n"
+    )
+    completed = python(code, tmp_path)
+    assert completed.stderr.strip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize(
+    "code", ["", "class A:\n def __del__(self): block.__exit__(*3 * [None])\na = A()\n"]
+)
+def test_capture_that_is_left_open(code: str, tmp_path: Path) -> None:
+    """The program can end, as it does in a REPL, although the thread of the server runs."""
+    start = (
+        "import dsmtpd\ndsmtpd.HANDLER_TIMEOUT = 60\nblock = dsmtpd.capture()\nblock.__enter__()\n"
+    )
+    completed = python(start + code, tmp_path)
+    assert (completed.returncode, completed.stderr) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs shutdown() of listening sockets")
+def test_forked_child_does_not_keep_the_port(tmp_path: Path) -> None:
+    code = (
+        "import dsmtpd, os, socket\n"
+        "reader, writer = os.pipe()\n"
+        "with dsmtpd.capture() as inbox:\n"
+        "    if os.fork() == 0:\n"
+        "        os.close(writer)\n"
+        "        os.read(reader, 1)  # until the parent process ends\n"
+        "        os._exit(0)\n"
+        "try: socket.create_connection((inbox.host, inbox.port))\n"
+        "except ConnectionRefusedError: print('refused')\n"
+        "with dsmtpd.capture(port=inbox.port): print('listening')\n"
+    )
+    assert python(code, tmp_path).stdout == "refused\nlistening\n"
+
+
+def test_handler_that_does_not_return(tmp_path: Path) -> None:
+    """Leaving the block raises an error, and the program can end."""
+    code = (
+        "import dsmtpd, smtplib, threading\n"
+        "dsmtpd.HANDLER_TIMEOUT = 0.2\n"
+        "received = threading.Event()\n"
+        "def hangs(envelope):\n"
+        "    received.set()\n"
+        "    threading.Event().wait()\n"
+        "with dsmtpd.capture(handler=hangs) as inbox:\n"
+        "    client = smtplib.SMTP(inbox.host, inbox.port)\n"
+        "    client.ehlo(); client.mail('a@b'); client.rcpt('c@d'); client.docmd('DATA')\n"
+        "    client.send('Subject: Hi\\r\\n.\\r\\n')\n"
+        "    received.wait()\n"
+    )
+    completed = python(code, tmp_path)
+    assert "RuntimeError: the server did not stop within 0.2 s: the handler <function hangs" in (
+        completed.stderr
+    )
+    assert completed.returncode == 1
+
+
+def test_capture_on_all_interfaces() -> None:
+    with dsmtpd.capture(interface="0.0.0.0") as inbox:
+        assert inbox.host == "127.0.0.1"
+        assert inbox.url == f"smtp://127.0.0.1:{inbox.port}"
+        send(inbox)
+        inbox.wait()
+
+
+def test_output_without_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", output)
+
+    async def scenario() -> None:
+        written = dsmtpd._Output(dsmtpd._open_stdout(), "standard output")
+        await written.write(lambda: "Grüße\n", 10)
+        await written.close()
+
+    run(scenario)
+    assert output.getvalue() == "Grüße\n"
+
+
+# The last one ignores that the event loop cancels it.
+HANDLERS = """
+import asyncio, contextlib, os, signal, threading, time, dsmtpd
+dsmtpd.HANDLER_TIMEOUT = 0.2
+def hang(envelope): threading.Event().wait()
+async def block(envelope):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+async def persist(envelope):
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+"""
+
+
+@POSIX
+@pytest.mark.parametrize("handler", ["hang", "persist"])
+@pytest.mark.parametrize("options", [["--timeout", "0.1"], ["--expect", "1", "--timeout", "0.1"]])
+def test_handler_that_hangs_in_the_program(
+    options: list[str], handler: str, tmp_path: Path
+) -> None:
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    options = ["--handler", f"handlers:{handler}", *options]
+    with process(*options, cwd=tmp_path, last_line="Handing the") as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n\r\n.\r\n")
+            status, text = server.wait()
+    assert status == 1
+    assert f"ERROR: The handler handlers:{handler} did not return within 0.2 s" in text
+
+
+# Runs a command as process 1, as in a container; such a process is not ended by SIG_DFL.
+UNSHARE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+
+
+def require_unshare() -> None:
+    if not shutil.which("unshare") or subprocess.run([*UNSHARE, "true"], check=False).returncode:
+        pytest.skip("needs the right to create a PID namespace")
+
+
+@OPENSSL
+@POSIX
+@pytest.mark.parametrize(("starter", "status"), [([], -signal.SIGTERM), (UNSHARE, 128 + 15)])
+def test_second_signal_with_a_blocked_event_loop(
+    starter: list[str], status: int, temp_dir: Path, tmp_path: Path
+) -> None:
+    """It ends the program and the command, and removes the temporary files."""
+    if starter:
+        require_unshare()
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    options = ["-q", "-p", "0", "--tls", "starttls", "--handler", "handlers:block"]
+    sender = [sys.executable, "-c", f"import os; print(os.getpid(), flush=True){SENDER}", "1"]
+    program = [*starter, sys.executable, "-W", "error", str(SCRIPT), *options, "--", *sender]
+    completed = subprocess.run(
+        program, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=20, check=False
+    )
+    assert completed.returncode == status
+    assert "Traceback" not in completed.stderr
+    assert starter or has_exited(int(completed.stdout))
+    assert list(temp_dir.iterdir()) == []
+
+
+def test_output_file_with_other_content(tmp_path: Path) -> None:
+    """A forgotten -- does not overwrite the program that should run."""
+    program = tmp_path / "program.py"
+    program.write_text("print()\n")
+    for option in ("--print", "--json"):
+        completed = command("-p", "0", option, program)
+        assert completed.returncode == 2
+        assert "it has other content; a command goes after --" in completed.stderr
+    assert program.read_text() == "print()\n"
+    events = tmp_path / "events"
+    for _ in range(2):
+        command("-p", "0", "--json", events, "--", sys.executable, "-c", "")
+        assert len(events.read_text().splitlines()) == 1
+
+
+@POSIX
+def test_auth_option_does_not_depend_on_the_locale(tmp_path: Path) -> None:
+    code = (
+        "import os, smtplib\n"
+        "client = smtplib.SMTP(os.environ['SMTP_HOST'], int(os.environ['SMTP_PORT']))\n"
+        "client.ehlo()\n"
+        "raise SystemExit(client.docmd('AUTH', 'PLAIN AGrDvHJnZW4AZ3LDtsOfZQ==')[0] != 235)\n"
+    )
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    options = ["-p", "0", "--auth", "jürgen:größe", "--", sys.executable, "-c", code]
+    completed = subprocess.run(
+        [sys.executable, SCRIPT, *[os.fsencode(str(option)) for option in options]],
+        env={**os.environ, **locale},
+        capture_output=True,
+        check=False,
+    )
+    assert completed.returncode == 0, completed.stderr
+
+
+def test_older_python(tmp_path: Path) -> None:
+    source = SCRIPT.read_text("utf-8")
+    ast.parse(source, feature_version=(3, 8))  # so that Python 3.8 runs the check
+    first = next(line for line in source.splitlines() if ":=" in line)
+    assert first.endswith("# dsmtpd requires Python 3.10 or newer")  # a syntax error shows it
+    code = f"import runpy, sys; sys.version_info = (3, 9); runpy.run_path({str(SCRIPT)!r})"
+    completed = python(code, tmp_path)
+    assert completed.returncode == 1
+    assert completed.stderr == "dsmtpd requires Python 3.10 or newer, not 3.9\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
