@@ -518,7 +518,6 @@ class Session:
         address = self.peer.rpartition(":")[0].strip("[]")
         self._log.connect(address)
         yield from self._apply_rules("CONNECT", lambda: address)
-        self._warn_if_pipelined("the greeting")
         self._is_greeted = True
         return GREETING
 
@@ -2923,8 +2922,10 @@ class Server:
         """Stop listening, send 421 to the clients, and wait for deliveries in progress.
 
         Before that, the clients that were active in the last quit_timeout seconds have as much
-        time to send QUIT.
+        time to send QUIT. Closing a server again has no effect.
         """
+        if self._closed.is_set():
+            return
         loop = asyncio.get_running_loop()
         recently = loop.time() - quit_timeout
         await _wait(
