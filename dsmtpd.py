@@ -122,39 +122,40 @@ class Config:
 
     Raises TypeError or ValueError for an invalid value; the text names the option and what
     it accepts.
+
+    interface: address or host name to listen on; a name means all of its addresses.
+    port: TCP port; 0 selects a free one.
+    directory: Maildir to store messages in. None means the current directory, or that messages
+        are not stored if the server has a handler.
+    max_size: maximum size of a message in octets (RFC 1870); 0 means no limit.
+    smtputf8: whether the SMTPUTF8 extension (RFC 6531) is offered.
+    without: keywords of the EHLO reply that are not offered, such as "CHUNKING".
+    tls: None for no TLS, "starttls" (RFC 3207), "required" for STARTTLS before anything else,
+        or "implicit" (RFC 8314).
+    cert: PEM file of the certificate; None creates a temporary one for localhost.
+    key: PEM file of the private key; None if the file of the certificate contains it.
+    auth: {user: password} of the users who may log in. Sending then requires a login (RFC 4954
+        section 6). If it is empty, every login succeeds and none is required.
+    fail: failure rules in the syntax of parse_rule(); the first rule that matches applies.
+    strict: whether to reject messages that lint() warns about.
+    ignore: names of warnings that are not given.
+    reuse_port: whether several servers may listen on the same port and share its clients.
     """
 
     interface: str = "127.0.0.1"
-    """Address or host name to listen on; a name means all of its addresses."""
     port: int = 1025
-    """TCP port; 0 selects a free one."""
     directory: str | os.PathLike[str] | None = None
-    """Maildir to store messages in. None means the current directory, or that messages are not
-    stored if the server has a handler."""
     max_size: int = 33_554_432
-    """Maximum size of a message in octets (RFC 1870); 0 means no limit."""
     smtputf8: bool = True
-    """Whether the SMTPUTF8 extension (RFC 6531) is offered."""
     without: Sequence[str] = ()
-    """Keywords of the EHLO reply that are not offered, such as "CHUNKING"."""
     tls: str | None = None
-    """None for no TLS, "starttls" (RFC 3207), "required" for STARTTLS before anything else, or
-    "implicit" (RFC 8314)."""
     cert: str | os.PathLike[str] | None = None
-    """PEM file of the certificate; None creates a temporary one for localhost."""
     key: str | os.PathLike[str] | None = None
-    """PEM file of the private key; None if the file of the certificate contains it."""
     auth: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
-    """{user: password} of the users who may log in. Sending then requires a login (RFC 4954
-    section 6). If it is empty, every login succeeds and none is required."""
     fail: Sequence[str] = ()
-    """Failure rules in the syntax of parse_rule(); the first rule that matches applies."""
     strict: bool = False
-    """Whether to reject messages that lint() warns about."""
     ignore: Sequence[str] = ()
-    """Names of warnings that are not given."""
     reuse_port: bool = False
-    """Whether several servers may listen on the same port and share its clients."""
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -315,17 +316,20 @@ TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
 
 @dataclass(frozen=True)
 class Refusal:
-    """A command or a message that was refused: its reply has a 4xx or 5xx code."""
+    """A command or a message that was refused: its reply has a 4xx or 5xx code.
+
+    time: when it was refused, with a time zone.
+    peer: address and port of the client.
+    verb: CONNECT, a command in upper case, "." for a message, as in failure rules, or "" for a
+        line that does not begin with a word.
+    argument: The argument of the command, without secrets; sender, recipients and subject for
+        ".".
+    """
 
     time: datetime
-    """When it was refused, with a time zone."""
     peer: str
-    """Address and port of the client."""
     verb: str
-    """CONNECT, a command in upper case, "." for a message, as in failure rules, or "" for a line
-    that does not begin with a word."""
     argument: str
-    """The argument of the command, without secrets; sender, recipients and subject for "."."""
     reply: Reply
 
 
