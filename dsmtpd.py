@@ -5,12 +5,33 @@ Usage::
     python dsmtpd.py -p 1025 -d mail
 
 It is meant for development and CI: each message that an application sends becomes a file in
-mail/new/.
+mail/new/. Copyright the dsmtpd authors. SPDX-License-Identifier: BSD-3-Clause
 
 It implements RFC 5321 (SMTP), RFC 1870 (SIZE), RFC 6152 (8BITMIME), RFC 6531 (SMTPUTF8),
 RFC 2920 (PIPELINING), RFC 2034 and RFC 3463 (ENHANCEDSTATUSCODES), RFC 3461 (DSN),
 RFC 3030 (CHUNKING), RFC 3207 (STARTTLS), RFC 4954 (AUTH: PLAIN, LOGIN, XOAUTH2).
-Where these leave a choice, it does what Postfix does.
+
+The sections of this file:
+
+Configuration        the options of a server
+Replies and actions  what a session tells its connection to do
+Session              the SMTP dialogue, without I/O
+Grammar              addresses, parameters and arguments of commands
+Failure rules        commands that fail on purpose
+Messages             an envelope, and what is decoded from its content
+Pages                a message as an HTML page
+Lint                 what other servers object to
+Storage              the Maildir
+Connection           one client
+Server               listening sockets, all clients, deliveries
+Testing              capture() and the pytest plug-in
+Command line         the program
+
+The bytes of a client go from its Connection to its Session, which returns replies and, at the end
+of a message, the action Deliver with an Envelope. The Server stores it in the Maildir and calls
+the handler; then the session replies.
+
+PYTEST_DONT_REWRITE: pytest would warn of a plug-in that conftest.py has already imported.
 """
 
 from __future__ import annotations
@@ -44,11 +65,9 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections import Counter
 from collections.abc import (
     Awaitable,
     Callable,
-    Collection,
     Generator,
     Iterable,
     Iterator,
@@ -61,7 +80,9 @@ from email.utils import format_datetime
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
+from string import Template
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from urllib.parse import quote, unquote
 
 if TYPE_CHECKING:
     import email.policy
@@ -1057,15 +1078,15 @@ class SessionLog:
     def _refuse(self, reply: Reply, time: datetime) -> None:
         if self._message is not None:
             verb, argument = ".", self._message.summary()
-            subject = f"message {argument}"
         else:
-            subject = self._masked(self._command)
-            verb, _, argument = subject.partition(" ")
+            line = self._masked(self._command)
+            verb, _, argument = line.partition(" ")
             verb = verb.upper()
             if not (verb.isascii() and verb.isalpha()):
-                verb, argument = "", subject
+                verb, argument = "", line
+        command = f"{'message' if verb == '.' else verb} {argument}".strip() or "empty line"
         text = escape_unprintable(str(reply)) + self.detail
-        log.warning("%s: %s refused: %s", self._peer, subject or "empty line", text)
+        log.warning("%s: %s refused: %s", self._peer, command, text)
         if self._on_refusal is not None:
             try:
                 self._on_refusal(Refusal(time, self._peer, verb, argument, reply))
@@ -1385,6 +1406,8 @@ class Attachment:
     """The media type, such as "application/pdf"."""
     content: bytes
     """The decoded content."""
+    content_id: str = ""
+    """The Content-ID without angle brackets (RFC 2392), or ""."""
 
 
 @dataclass(frozen=True)
@@ -1431,6 +1454,10 @@ class Envelope:
         assert isinstance(message, email.message.EmailMessage)
         return message
 
+    def header(self, name: str) -> str:
+        """Return the text of the first header field with this name; "" if there is none."""
+        return str(self.email.get(name, ""))
+
     @cached_property
     def subject(self) -> str:
         """The decoded Subject field as one line; "" if there is none."""
@@ -1458,7 +1485,12 @@ class Envelope:
     def attachments(self) -> list[Attachment]:
         """The parts that are not text of the message."""
         return [
-            Attachment(_file_name(part), part.get_content_type(), _decode_payload(part))
+            Attachment(
+                _file_name(part),
+                part.get_content_type(),
+                _decode_payload(part),
+                str(part.get("Content-ID", "")).strip("<> "),
+            )
             for part in _leaf_parts(self.email)
             if not _is_text(part)
         ]
@@ -1467,6 +1499,13 @@ class Envelope:
         """Return sender, recipients and subject as one line for the log."""
         rcpt_tos = ", ".join(self.rcpt_tos)
         return escape_unprintable(f"{self.mail_from} -> {rcpt_tos} [{self.subject}]")
+
+    def as_html(self) -> str:
+        """Return the message as one HTML page that needs no other file.
+
+        It is safe to open: the scripts and forms of the message do not work in it.
+        """
+        return render_page(self)
 
 
 # The first Subject field of the header section, with its folded lines.
@@ -1635,6 +1674,236 @@ def header_section(content: bytes) -> bytes:
         return b""
     match = _EMPTY_LINE.search(content)
     return content[: match.start()] if match else content
+
+
+# --- Pages ----------------------------------------------------------------------------
+
+# Bytes of content that a page shows, and of the images that are put into its HTML.
+MAX_PAGE_CONTENT = 33_554_432
+
+# The frame of a message inherits the policy: templates need styles, and images and fonts from
+# the web, and nothing else.
+_HEAD = """\
+<!doctype html>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="referrer" content="no-referrer">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; form-action 'none';
+  base-uri 'none'; img-src data: http: https:; font-src data: http: https:;
+  style-src 'unsafe-inline' data: http: https:">
+<style>
+  :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
+  body { margin: 0; display: flex; flex-direction: column; overflow-wrap: anywhere }
+"""
+
+_PAGE = Template(
+    _HEAD
+    + """\
+  body { min-height: 100vh }
+  header { padding: 1rem 1.25rem .75rem }
+  h1, dd { margin: 0; max-height: 6rem; overflow: auto }
+  h1 { font-size: 1.3rem; line-height: 1.3 }
+  dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .5rem 0 0 }
+  dt { opacity: .65 }
+  dd { white-space: pre-wrap }
+  dd span { display: inline-block; margin-right: 1rem }
+  main { flex: 1; display: grid; grid-template: auto 1fr / auto auto auto 1fr }
+  input { position: absolute; opacity: 0 }
+  label { padding: .3rem 1.25rem; cursor: pointer; border-bottom: 3px solid transparent }
+  :checked + label { border-color: LinkText }
+  :focus-visible + label { outline: auto }
+  iframe { width: 100%; height: 100%; min-height: 24rem; box-sizing: border-box; border: 0;
+           background: white; color-scheme: light }
+  pre { margin: 0; padding: 1rem 1.25rem; white-space: pre-wrap; font: 13px/1.5 monospace }
+  label + * { display: none; grid-area: 2 / 1 / auto / -1; border-top: 1px solid #8885 }
+  :checked + label + * { display: block }
+  @media (max-width: 30rem) { header { font-size: .8rem } dd { max-height: 3.6rem } }
+  @media print { label { display: none } iframe { min-height: 90vh } }
+</style>
+<base target="_blank">
+<title>$subject</title>
+<header>
+<h1>$subject</h1>
+<dl>
+$fields
+</dl>
+</header>
+<main>
+$views
+</main>
+"""
+)
+_VIEW = Template(
+    '<input type="radio" name="view" id="$name" $checked><label for="$name">$name</label>$markup'
+)
+_FRAME = Template(
+    '<iframe title="HTML" sandbox="allow-popups allow-popups-to-escape-sandbox"'
+    ' srcdoc="$document"></iframe>'
+)
+
+# The list grows at its end, and shows its end first; a new message does not scroll it.
+_LIST = (
+    _HEAD
+    + """\
+  :root { overflow-anchor: none }
+  body { flex-direction: column-reverse }
+  p, a { padding: .6rem 1rem; margin: 0; border-bottom: 1px solid #8885 }
+  p:not(:only-child) { display: none }
+  a { color: CanvasText; text-decoration: none; line-height: 1.4 }
+  a:hover, a:focus { background: #8882 }
+  time, span { display: block; opacity: .7; font-size: .85rem }
+  time { float: right; margin-left: 1rem }
+  mark { padding: 0 .4rem; border-radius: 1rem; background: #8884; color: inherit;
+         white-space: nowrap }
+</style>
+<meta http-equiv="refresh" content="2">
+<base target="message">
+<title>Messages</title>
+<p>No messages yet. Let your application send one to the SMTP server, by default at
+127.0.0.1 port 1025. It appears here within two seconds.</p>
+"""
+)
+_ENTRY = Template(
+    '<a href="$name"><time>$time</time><b>$subject</b><span>$envelope$marks</span></a>\n'
+)
+
+_INDEX = """\
+<!doctype html>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>dsmtpd</title>
+<style>
+  :root { color-scheme: light dark }
+  body { margin: 0; height: 100vh; display: grid; grid-template: 1fr / minmax(18rem, 25%) 1fr }
+  iframe { width: 100%; height: 100%; border: 0; outline: 1px solid #8885 }
+  @media (max-width: 50rem) { body { grid-template: 1fr 2fr / 1fr } }
+</style>
+<iframe src="list.html" title="Messages"></iframe>
+<iframe name="message" title="Message"></iframe>
+"""
+
+# cid-url = "cid" ":" content-id (RFC 2392 section 2), where it begins an attribute or an argument
+# in CSS, or follows a comma in srcset
+_CID_URL = re.compile(r"""(["'(=,]\s*)cid:([^\s"'<>(),]+)""", re.IGNORECASE)
+_TARGET_ATTRIBUTE = re.compile(r"(<[^<>]*\s)target(?=\s*=)", re.IGNORECASE)
+
+
+def render_page(envelope: Envelope) -> str:
+    """Return a message as one HTML page that needs no other file, and no script."""
+    fields = {name: envelope.header(name) for name in "From To Cc Reply-To Date".split()}
+    fields["Envelope"] = f"{envelope.mail_from} → {', '.join(envelope.rcpt_tos)}"
+    fields["Warnings"] = "\n".join(envelope.warnings)
+    fields = {name: html.escape(text) for name, text in fields.items()}
+    views = {"Text": f"<pre>The content of {len(envelope.content):,} bytes is not shown.</pre>"}
+    if len(envelope.content) <= MAX_PAGE_CONTENT:
+        fields["Attachments"] = "".join(map(_download_link, envelope.attachments))
+        views = _views(envelope)
+    page = _PAGE.substitute(
+        subject=html.escape(envelope.subject or "(no subject)"),
+        fields="\n".join(f"<dt>{name}<dd>{text}" for name, text in fields.items() if text),
+        views="\n".join(
+            _VIEW.substitute(name=name, markup=markup, checked="" if number else "checked")
+            for number, (name, markup) in enumerate(views.items())
+        ),
+    )
+    return page.encode("utf-8", "replace").decode()  # surrogates cannot be written
+
+
+def _views(envelope: Envelope) -> dict[str, str]:
+    """Return {name: markup} of the views of a message, beginning with the one to show."""
+    text = envelope.text if envelope.text.strip() else parse_html(envelope.html)[0]
+    source = html.escape(envelope.content.decode("utf-8", "replace"))
+    views = {"Text": f"<pre>{_with_links(text)}</pre>", "Source": f"<pre>{source}</pre>"}
+    if envelope.html:
+        document = html.escape(_frame_document(envelope.html, envelope.attachments))
+        views = {"HTML": _FRAME.substitute(document=document), **views}
+    return views
+
+
+def _frame_document(document: str, attachments: Iterable[Attachment]) -> str:
+    """Return the HTML of a message with its attached images in it.
+
+    Links open a new tab, because the sandbox allows no other target.
+    """
+    urls = {item.content_id: _data_url(item.type, item.content) for item in attachments}
+    size = 0
+
+    def embed(match: re.Match[str]) -> str:
+        nonlocal size
+        before, content_id = match.groups()
+        url = urls.get(unquote(content_id), "")
+        size += len(url)
+        return before + url if url and size <= MAX_PAGE_CONTENT else match[0]
+
+    document = _TARGET_ATTRIBUTE.sub(r"\1data-target", document)
+    return "<base target=_blank>" + _CID_URL.sub(embed, document)
+
+
+def _data_url(media_type: str, content: bytes) -> str:
+    return f"data:{quote(media_type, '/+')};base64,{base64.b64encode(content).decode()}"
+
+
+def _download_link(attachment: Attachment) -> str:
+    url = _data_url("application/octet-stream", attachment.content)  # no browser shows this type
+    name = html.escape(attachment.name)
+    description = html.escape(f"{attachment.type}, {len(attachment.content):,} bytes")
+    return f'<span><a download="{name}" href="{url}">{name or "unnamed"}</a> ({description})</span>'
+
+
+def _with_links(text: str) -> str:
+    """Return a text as HTML, with its URLs as links."""
+    parts = []
+    position = 0
+    for url in find_urls(text):
+        start = text.index(url, position)
+        link = html.escape(url)
+        parts += [html.escape(text[position:start]), f'<a href="{link}">{link}</a>']
+        position = start + len(url)
+    return "".join([*parts, html.escape(text[position:])])
+
+
+class PageDirectory:
+    """A directory with a page for each message, and a list of them to open in a browser.
+
+    Several servers may share it. Raises OSError if it cannot be created or written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self._create()
+        if not os.access(self.path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
+
+    @property
+    def url(self) -> str:
+        """The file: URL of the list."""
+        return (self.path / "index.html").as_uri()
+
+    def add(self, envelope: Envelope) -> None:
+        """Write the page of a message, and append a line to the list. Raises OSError."""
+        self._create()  # someone may have deleted its files
+        name = f"{envelope.received:%Y%m%d-%H%M%S}-{os.urandom(4).hex()}.html"
+        (self.path / name).write_bytes(envelope.as_html().encode())
+        with open(self.path / "list.html", "ab", buffering=0) as file:
+            file.write(_list_entry(name, envelope).encode("utf-8", "replace"))  # one write
+
+    def _create(self) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.makedirs(self.path)
+        for name, text in {"index.html": _INDEX, "list.html": _LIST}.items():
+            with contextlib.suppress(FileExistsError), open(self.path / name, "xb") as file:
+                file.write(text.encode())
+
+
+def _list_entry(name: str, envelope: Envelope) -> str:
+    counts = {"Attachments": len(envelope.attachments), "Warnings": len(envelope.warnings)}
+    return _ENTRY.substitute(
+        name=name,
+        time=f"{envelope.received.astimezone():%d %b %H:%M}",
+        subject=html.escape(envelope.subject[:200] or "(no subject)"),
+        envelope=html.escape(f"{envelope.mail_from} → {', '.join(envelope.rcpt_tos)}"[:200]),
+        marks="".join(f" <mark>{noun}: {count}</mark>" for noun, count in counts.items() if count),
+    )
 
 
 # --- Lint -----------------------------------------------------------------------------
@@ -2171,6 +2440,10 @@ MAX_CONNECTIONS = 1000
 # Seconds that clients have to read the last reply when the server stops.
 STOP_TIMEOUT = 0.5
 
+# Iterations of the event loop that asyncio needs to pass an accepted connection to the server,
+# with a reserve. If the listening socket was closed in between, the connection would stay open.
+ACCEPT_ITERATIONS = 10
+
 # Called with each message: a plain function, or one that returns an awaitable.
 Handler = Callable[[Envelope], object]
 
@@ -2212,13 +2485,17 @@ class Server:
         self.addresses: list[tuple[str, int]] = []
         self.maildir: Maildir | None = None
         self.cafile: str | None = None
+        self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._on_refusal = on_refusal
         self._rules = Rules(self.config.fail)
         self._storage: StorageThread | None = None
         self._tls_context: ssl.SSLContext | None = None
+        self._sockets: list[socket.socket] = []
         self._listening = contextlib.ExitStack()  # closes the listening sockets
         self._cleanup = contextlib.ExitStack()  # removes the certificate, ends the thread
+        self.clients = 0
+        """How many clients have connected so far."""
         self._max_connections = _max_connections()
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._started = False
@@ -2253,6 +2530,7 @@ class Server:
                 if opened_here:  # others, such as systemd, may go on listening on their sockets
                     self._listening.callback(_stop_listening, sock)
             self._cleanup = cleanup.pop_all()
+        self._sockets = sockets
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
         self.host, self.port = self.addresses[0]
 
@@ -2293,23 +2571,31 @@ class Server:
         Before that, the clients that were active in the last quit_timeout seconds have as much
         time to send QUIT.
         """
-        recently = asyncio.get_running_loop().time() - quit_timeout
-        await _wait_for_tasks(
+        loop = asyncio.get_running_loop()
+        recently = loop.time() - quit_timeout
+        await _wait(
             [task for task, client in self._connections.items() if client.last_activity > recently],
             quit_timeout,
         )
-        for _ in range(5):  # until asyncio has handed over the connections that it has accepted
-            await asyncio.sleep(0)
-        self._listening.close()
+        await self._stop_listening()
         for connection in self._connections.values():
             connection.interrupt(SHUTTING_DOWN)
-        await _wait_for_tasks(self._connections, STOP_TIMEOUT)
+        await _wait(self._connections, STOP_TIMEOUT)
         while self._connections:  # abort() does not end a delivery
             for connection in self._connections.values():
                 connection.abort()
-            await _wait_for_tasks(self._connections, STOP_TIMEOUT)
+            await _wait(self._connections, STOP_TIMEOUT)
         self._cleanup.close()
         self._closed.set()
+
+    async def _stop_listening(self) -> None:
+        """Close the listening sockets, after all clients that asyncio has accepted are served."""
+        for sock in self._sockets:
+            with contextlib.suppress(NotImplementedError):  # on Windows
+                asyncio.get_running_loop().remove_reader(sock)  # asyncio accepts no more
+        for _ in range(ACCEPT_ITERATIONS):
+            await asyncio.sleep(0)
+        self._listening.close()
 
     async def __aenter__(self) -> Server:
         await self.start()
@@ -2321,6 +2607,7 @@ class Server:
     async def _serve_client(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        self.clients += 1
         peer = format_address(writer.get_extra_info("peername"))
         session = Session(self.config, peer, self._rules, self._on_refusal)
         if len(self._connections) >= self._max_connections:
@@ -2344,7 +2631,7 @@ class Server:
             if self._storage is not None:
                 envelope = replace(envelope, path=await self._storage.store(envelope))
             if self.handler is not None:
-                await _call_handler(self.handler, envelope)
+                await self._call_handler(self.handler, envelope)
         except SMTPError as error:
             return error.reply
         except (asyncio.CancelledError, KeyboardInterrupt):  # the event loop ends
@@ -2362,34 +2649,32 @@ class Server:
             log.info("%s: %s", envelope.peer, envelope.summary())
         return MESSAGE_ACCEPTED
 
+    async def _call_handler(self, handler: Handler, envelope: Envelope) -> None:
+        """Call an async handler in this task, and a plain one in a thread of its own.
 
-async def _call_handler(handler: Handler, envelope: Envelope) -> None:
-    """Call an async handler here, or a plain one in a thread of its own.
-
-    The thread is a daemon, so that a handler that never returns does not keep the program from
-    ending.
-    """
-    if inspect.iscoroutinefunction(handler):
-        result = handler(envelope)
-    else:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        arguments = (future, handler, envelope)
-        threading.Thread(
-            target=set_outcome, args=arguments, name="dsmtpd handler", daemon=True
-        ).start()
-        result = await outcome(future)
-    if inspect.isawaitable(result):
-        await result
+        The thread is a daemon, so that a handler that never returns does not keep the program
+        from ending.
+        """
+        if self._handler_is_async:
+            result = handler(envelope)
+        else:
+            future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            arguments = (future, handler, envelope)
+            threading.Thread(target=set_outcome, args=arguments, daemon=True).start()
+            result = await outcome(future)
+        if inspect.isawaitable(result):
+            await result
 
 
-async def _wait_for_tasks(tasks: Collection[asyncio.Task[None]], timeout: float) -> None:
-    """Wait until the tasks are done, at most timeout seconds.
+async def _wait(futures: Iterable[asyncio.Future[Any]], timeout: float) -> None:
+    """Wait until the futures are done, at most timeout seconds.
 
     A timer of the event loop would never expire in a test that has stopped the clock.
     """
-    if not tasks or not timeout:
+    futures = list(futures)
+    if not futures or not timeout:
         return
-    waiting = asyncio.ensure_future(asyncio.wait([*tasks]))  # some may be removed before it starts
+    waiting = asyncio.ensure_future(asyncio.wait(futures))
     loop = asyncio.get_running_loop()
     timer = threading.Timer(timeout, loop.call_soon_threadsafe, [waiting.cancel])
     timer.start()
@@ -2493,6 +2778,8 @@ def make_tls_context(
         reason = (error.reason or "PEM").replace("_", " ").lower()
         if "pem" in reason:
             reason = "not a certificate and its private key in PEM format"
+            if key is None:
+                reason += "; --key names the file of the key"
         raise ValueError(f"cannot use {files}: {reason}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot use {files}: {error}") from error
@@ -2589,9 +2876,10 @@ class Inbox:
         """Return the first message that matches, as soon as it has arrived.
 
         to is one of the recipients, mail_from is the sender, and subject is a part of the
-        decoded subject. Raises TimeoutError after timeout seconds; its text lists the
-        messages that arrived instead.
+        decoded subject. Raises TimeoutError after timeout seconds; its text lists what the
+        server received and refused instead.
         """
+        __tracebackhide__ = True  # pytest shows the call in the test
         (message,) = self.wait_for(1, to=to, mail_from=mail_from, subject=subject, timeout=timeout)
         return message
 
@@ -2605,6 +2893,7 @@ class Inbox:
         timeout: float = 5.0,
     ) -> list[Envelope]:
         """Return the first count messages that match, as wait() does for one."""
+        __tracebackhide__ = True
         criteria = {"to": to, "mail_from": mail_from, "subject": subject}
 
         def matching() -> list[Envelope]:
@@ -2613,14 +2902,42 @@ class Inbox:
         with self._changed:
             self._changed.wait_for(lambda: len(matching()) >= count, timeout)
             found = matching()
-            if len(found) >= count:
-                return found[:count]
-            arrived = [f"\n  {message.summary()}" for message in self._messages] or [" nothing"]
+        if len(found) >= count:
+            return found[:count]
         given = [f"{name} {text!r}" for name, text in criteria.items() if text is not None]
         raise TimeoutError(
             f"{len(found)} of {count} messages{' with ' if given else ''}{', '.join(given)}"
-            f" within {timeout} seconds; what arrived:{''.join(arrived)}"
+            f" within {timeout:g} seconds; {self.report()}"
         )
+
+    async def wait_async(
+        self,
+        *,
+        to: str | None = None,
+        mail_from: str | None = None,
+        subject: str | None = None,
+        timeout: float = 5.0,
+    ) -> Envelope:
+        """Do the same as wait() in a test whose event loop sends the message."""
+        __tracebackhide__ = True
+        return await asyncio.to_thread(
+            self.wait, to=to, mail_from=mail_from, subject=subject, timeout=timeout
+        )
+
+    def report(self) -> str:
+        """Return what the server has received and refused, as lines of text."""
+        lines = []
+        for message in self.messages:
+            lines += [f"received {message.summary()}", *(f"  {text}" for text in message.warnings)]
+        for refusal in self.refused:
+            command = f"{refusal.verb} {refusal.argument}".strip()
+            lines.append(f"refused {command}: {refusal.reply}")
+        if not lines:
+            clients = self._server.clients
+            if clients:
+                return f"nothing arrived from the clients that connected: {clients}"
+            return "nothing arrived, and no client connected"
+        return "\n".join(["the server:", *lines])
 
 
 def _matches(message: Envelope, to: str | None, mail_from: str | None, subject: str | None) -> bool:
@@ -2720,23 +3037,22 @@ def pytest_configure(config: Any) -> None:
             with capture(**options) as inbox:
                 yield inbox
 
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> None:
+            """Add a section to the report of a failed test: what its server has received."""
+            inbox = item.funcargs.get("smtpd") if isinstance(item, pytest.Function) else None
+            if call.excinfo is not None and isinstance(inbox, Inbox):
+                item.add_report_section(call.when, "smtpd", inbox.report())
+
     config.pluginmanager.register(Fixtures(), "dsmtpd fixtures")
 
 
 # --- Command line ---------------------------------------------------------------------
 
-# Warnings of one kind that the program logs per minute, so that a client in a loop cannot fill
-# the disk.
-MAX_LOGGED_WARNINGS = 100
-
-# Seconds after which a delivery, and the end of the program, no longer wait for an output that
-# nobody reads.
+# Seconds that the end of the program waits for an output that nobody reads.
 OUTPUT_TIMEOUT = 2.0
 
-# Characters that are written to an output at a time, to see whether somebody reads it.
-OUTPUT_SIZE = 65_536
-
-# Octets of messages and events that may wait for an output that nobody reads.
+# Octets of messages that may wait for an output.
 MAX_WAITING_OUTPUT = 64 * 1024 * 1024
 
 # Characters of each part of a message that --print shows.
@@ -2749,21 +3065,34 @@ KILL_TIMEOUT = 5.0
 _HELP = f"""\
 usage: dsmtpd [options] [-- COMMAND [ARG ...]]
 
-A local SMTP server that stores every message in a Maildir and never delivers it.
-With a COMMAND, it runs until the command ends.
+A local SMTP server that stores every message in a Maildir and never delivers
+it. With a COMMAND, it runs until the command ends.
 
-listening:
+listening and storing:
   -p, --port PORT          Listen on this port ({Config.port}); 0 selects a free one.
   -i, --interface ADDRESS  Listen on this address ({Config.interface}), or on all
                            addresses of a host name.
-  --reuse-port             Share the port with other servers.
-
-messages:
   -d, --directory DIR      Store messages in this Maildir (the current
                            directory, or a temporary one with a COMMAND).
-  --handler MODULE:CALLABLE
-                           Call this with each message.
-  -s, --max-size BYTES     Reject larger messages ({Config.max_size}); 0 means no limit.
+
+looking at messages:
+  --print                  Print each message.
+  --html DIR               Write each message as a page into this directory,
+                           for a web browser.
+  --json                   Print each event as one line of JSON.
+  -o, --output FILE        Append the output of --print or --json to this file.
+  -v, --verbose            Log each session as C: and S: lines.
+  -q, --quiet              Log only warnings and errors.
+
+testing:
+  --expect N               Exit with status 1 if fewer than N messages arrive,
+                           or, with 0, if any does. Without a COMMAND, stop
+                           after N messages.
+  --timeout SECONDS        Stop after this time.
+  --fail RULE              Make a command or a message fail; repeatable. RULE
+                           is 'VERB GLOB [xN] ACTION'. VERB is CONNECT, a
+                           command, or . for a message. ACTION is CODE [x.y.z]
+                           [text] [drop], delay SECONDS, drop or ok.
   --strict                 Reject messages with warnings.
   --ignore NAME            Do not give warnings of this name; repeatable.
 
@@ -2776,33 +3105,28 @@ SMTP:
   --key PEM                Use this private key (the one in the --cert file).
   --auth USER:PASSWORD     Require this login; repeatable. Without it, any
                            login succeeds.
+  -s, --max-size BYTES     Reject larger messages ({Config.max_size}); 0 means no limit.
   --without KEYWORD        Do not offer this extension, such as CHUNKING;
                            repeatable.
   --disable-smtputf8       The same as --without SMTPUTF8.
 
-testing:
-  --fail RULE              Make a command or a message fail; repeatable. RULE
-                           is 'VERB GLOB [xN] ACTION'. VERB is CONNECT, a
-                           command, or . for a message. ACTION is CODE [x.y.z]
-                           [text] [drop], delay SECONDS, drop or ok.
-  --expect N               Exit with status 1 if fewer than N messages arrive,
-                           or, with 0, if any does. Without a COMMAND, stop
-                           after N messages.
-  --timeout SECONDS        Stop after this time.
-
-output:
-  --print [FILE]           Print each message to this file (standard output).
-  --json [FILE]            Write each event to this file (standard output) as
-                           one line of JSON.
-  -v, --verbose            Log each session as C: and S: lines.
-  -q, --quiet              Log only warnings and errors.
+other:
+  --handler MODULE:CALLABLE
+                           Call this with each message instead of storing it;
+                           with -d, after storing it.
+  --reuse-port             Share the port with other servers.
   --version                Print the version.
   -h, --help               Print the options.
 
 Examples:
-  dsmtpd -d mail --print              store and print each message
-  dsmtpd -p 0 --expect 1 -- make test run tests; fail if they sent no message
-  dsmtpd --fail 'RCPT full@* 452 4.2.2 Mailbox full'
+  Store and print each message:
+      dsmtpd -d mail --print
+
+  Run tests that send to SMTP_HOST and SMTP_PORT; fail if they send nothing:
+      dsmtpd -p 0 --expect 1 -- make test
+
+  Refuse messages to one address:
+      dsmtpd --fail 'RCPT full@* 452 4.2.2 Mailbox full'
 
 Exit status: 0 normal end, 1 an expectation was not met, 2 wrong usage, or a
 directory, file, certificate or handler that cannot be used, 3 cannot listen.
@@ -2834,15 +3158,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     end_of_options = argv.index("--") if "--" in argv else len(argv)
     parser = _make_parser()
     args, unknown = parser.parse_known_args(argv[:end_of_options])
-    if unknown:
-        text = f"unexpected argument {unknown[0]}; a command goes after --"
-        if unknown[0].startswith("-"):
-            text = f"unknown option {unknown[0]}"
-        parser.error(text)
     args.auth = dict(args.auth)
     args.command = argv[end_of_options + 1 :]
     if end_of_options < len(argv) and not (args.command and args.command[0]):
         parser.error("expected a command after --, such as: dsmtpd -p 0 -- pytest")
+    _check_options(parser, args, unknown)
     options = vars(args)  # each field of Config is the name of an option
     try:
         args.config = Config(**{item.name: options[item.name] for item in fields(Config)})
@@ -2851,57 +3171,65 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _check_options(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, unknown: list[str]
+) -> None:
+    if unknown and unknown[0].startswith("-"):
+        parser.error(f"unknown option {unknown[0]}")
+    if unknown:
+        parser.error(f"unexpected argument {unknown[0]}; a command goes after --")
+    if args.cert and not args.tls:
+        parser.error("argument --cert: requires --tls, such as --tls starttls")
+    if args.key and not args.cert:
+        parser.error("argument --key: requires --cert")
+    if args.output and not (args.print or args.json):
+        parser.error("argument -o/--output: requires --print or --json")
+
+
 _REPEATABLE: Any = {"action": "append", "default": []}
 
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dsmtpd", allow_abbrev=False)
     add = parser.add_argument
-    add("-p", "--port", type=_integer, default=Config.port)
+    add("-p", "--port", type=_number("a port number such as 1025"), default=Config.port)
     add("-i", "--interface", default=Config.interface)
-    add("--reuse-port", action="store_true")
     add("-d", "--directory")
-    add("--handler")
-    add("-s", "--max-size", type=_integer, default=Config.max_size)
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--print", action="store_true")
+    output.add_argument("--json", action="store_true")
+    add("-o", "--output")
+    add("--html")
+    add("-v", "--verbose", action="store_true")
+    add("-q", "--quiet", action="store_true")
+    add("--expect", type=_number("a number of messages such as 1"))
+    add("--timeout", type=_seconds)
+    add("--fail", type=_rule, **_REPEATABLE)
     add("--strict", action="store_true")
     add("--ignore", choices=list(WARNINGS), **_REPEATABLE)
     add("--tls", choices=TLS_MODES)
     add("--cert")
     add("--key")
     add("--auth", type=_credentials, **_REPEATABLE)
+    size = _number(f"a number of bytes such as {Config.max_size}")
+    add("-s", "--max-size", type=size, default=Config.max_size)
     add("--without", type=str.upper, choices=EXTENSIONS, **_REPEATABLE)
     add("--disable-smtputf8", dest="smtputf8", action="store_false")
-    add("--fail", type=_rule, **_REPEATABLE)
-    add("--expect", type=_count)
-    add("--timeout", type=_seconds)
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--print", nargs="?", const="-")
-    output.add_argument("--json", nargs="?", const="-")
-    add("-v", "--verbose", action="store_true")
-    add("-q", "--quiet", action="store_true")
+    add("--handler")
+    add("--reuse-port", action="store_true")
     add("--version", action="version", version=f"dsmtpd {__version__}")
     return parser
 
 
-def _credentials(text: str) -> tuple[str, str]:
-    with contextlib.suppress(UnicodeError):  # RFC 4616: UTF-8, whatever the locale is
-        text = os.fsencode(text).decode()
-    user, colon, password = text.partition(":")
-    if not user or not colon:
-        raise argparse.ArgumentTypeError("must be USER:PASSWORD")
-    return user, password
+def _number(expected: str) -> Callable[[str], int]:
+    """Return a function that parses a number; its error says what was expected."""
 
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text):
+            raise argparse.ArgumentTypeError(f"must be {expected}, not {text}")
+        return int(text)
 
-def _integer(text: str) -> int:
-    if not re.fullmatch("-?[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError(f"must be an integer such as 1025, not {text}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if (number := _integer(text)) < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return number
+    return parse
 
 
 def _seconds(text: str) -> float:
@@ -2919,113 +3247,30 @@ def _rule(text: str) -> str:
     return text
 
 
+def _credentials(text: str) -> tuple[str, str]:
+    with contextlib.suppress(UnicodeError):  # RFC 4616: UTF-8, whatever the locale is
+        text = os.fsencode(text).decode()
+    user, colon, password = text.partition(":")
+    if not user or not colon:
+        raise argparse.ArgumentTypeError("must be USER:PASSWORD")
+    return user, password
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the program; raises SystemExit with the exit status."""
     # A handler that imports dsmtpd gets this module, even when it runs as a script.
     sys.modules.setdefault("dsmtpd", sys.modules[__name__])
-    args = argparse.Namespace(command=[])
-    try:
-        _set_signal_handler(_interrupt)
-        if hasattr(signal, "SIGCHLD"):
-            # If the parent process ignores it, so does this one, and gets no exit status.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        args = parse_args(argv)
-        if args.command and os.getpid() == 1:
-            _continue_in_child_process()
-        status = _run(args)
-    except KeyboardInterrupt as error:  # raised by _interrupt()
-        status = error.args[0] if args.command else 0
+    signals = _SignalHandler()
+    args = parse_args(argv)
+    _configure_logging(args)
+    with contextlib.ExitStack() as cleanup:
+        status = asyncio.run(_Program(args, signals, cleanup).run())
     # A zipapp ignores what main() returns.
     sys.exit(status)
 
 
-def _interrupt(number: int, frame: object) -> NoReturn:
-    """Signal handler until the server listens: let the with statements clean up."""
-    _set_signal_handler(signal.SIG_IGN)
-    raise KeyboardInterrupt(128 + number)
-
-
-def _run(args: argparse.Namespace) -> int:
-    """Run the program until it is stopped; return the exit status."""
-    _configure_logging(args)
-    _raise_file_limit(3 * MAX_CONNECTIONS)  # a socket and the file of a message, with a reserve
-    with contextlib.ExitStack() as stack:
-        if args.command and args.directory is None and args.handler is None:
-            import tempfile
-
-            directory = tempfile.mkdtemp(prefix="dsmtpd-")
-            stack.callback(_remove_directory, directory)
-            args.config = replace(args.config, directory=directory)
-        return asyncio.run(_Program(args, stack).run())
-
-
-def _remove_directory(path: str) -> None:
-    """Remove a directory in which threads may still create files, unless it is not there."""
-    import shutil
-
-    with contextlib.suppress(OSError):
-        os.rename(path, f"{path}-removed")  # the threads no longer find it
-        path = f"{path}-removed"
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _continue_in_child_process() -> None:
-    """Fork, and return in the child process; the parent process waits for it and for orphans.
-
-    The system gives the orphans of the command to process 1 of a container.
-    """
-    child = os.fork()
-    if child == 0:
-        os.setsid()  # Ctrl-C in a terminal reaches only process 1, which passes it on
-        return
-    _set_signal_handler(lambda number, frame: os.kill(child, number))
-    while True:
-        pid, status = os.wait()
-        if pid == child:
-            _set_signal_handler(signal.SIG_IGN)
-            code = os.waitstatus_to_exitcode(status)
-            os._exit(code if code >= 0 else 128 - code)
-
-
-class _WarningLimit(logging.Filter):
-    """Limits the warnings of each kind in a minute. A kind is a message without its arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._minute = 0.0
-        self._counts: Counter[str] = Counter()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to log the record."""
-        if record.levelno < logging.WARNING:
-            return True
-        minute = record.created // 60
-        if minute != self._minute:
-            self._minute = minute
-            self._counts.clear()
-        self._counts[record.msg] += 1
-        count = self._counts[record.msg]
-        if count == MAX_LOGGED_WARNINGS:
-            record.msg, record.args = f"{record.getMessage()} (no more of these in this minute)", ()
-        return count <= MAX_LOGGED_WARNINGS
-
-
-class _LogFormatter(logging.Formatter):
-    """Escapes control characters, and indents the lines of a traceback.
-
-    The traceback of a handler may have text from a message.
-    """
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the text of the record."""
-        return "\n  ".join(map(escape_unprintable, super().format(record).split("\n")))
-
-
 def _configure_logging(args: argparse.Namespace) -> None:
-    log.addFilter(_WarningLimit())
-    output = logging.StreamHandler()
-    output.setFormatter(_LogFormatter("%(asctime)s %(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[output])
+    logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
     # asyncio warns of each write to a client that has disconnected.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     if args.verbose:
@@ -3036,336 +3281,327 @@ def _configure_logging(args: argparse.Namespace) -> None:
         log.setLevel(logging.INFO)
 
 
-def _raise_file_limit(count: int) -> None:
-    """Allow this many open files, or as many as possible. The default of macOS is 256."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard != resource.RLIM_INFINITY:
-            count = min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
-
-
-_MESSAGE_START = "---------- MESSAGE FOLLOWS ----------"
-
-
-def _open_output(path: str, start: str) -> TextIO | None:
-    """Open a file for output, and truncate it.
-
-    Raises OSError also if it has content that does not begin with start: the path may be an
-    argument that belongs after "--".
-    """
-    if path == "-":
-        return _open_stdout()
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            if file.read(len(start)) not in ("", start):
-                raise OSError("it has other content; a command goes after --")
-    return open(path, "w", encoding="utf-8", errors="backslashreplace")
-
-
-def _open_stdout() -> TextIO | None:
-    """Return a file that writes to standard output; None if that was closed before the start.
-
-    It is not sys.stdout, because Python flushes that when the program ends, and would wait for a
-    thread that writes to it.
-    """
-    try:
-        descriptor = os.dup(sys.stdout.fileno())
-    except (AttributeError, OSError):  # closed, or replaced by an object without a descriptor
-        return sys.stdout
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # what a handler prints stays in order
-    return open(descriptor, "w", encoding=sys.stdout.encoding, errors="backslashreplace")
-
-
 class _Output:
-    """Writes to a file in a thread, so that a file that nobody reads delays nothing else."""
+    """A thread that writes items one after another, so that nothing else waits for them.
 
-    def __init__(self, file: TextIO | None, name: str) -> None:
-        self._file = file  # None after an error
+    write(item) is called in the thread; name is what it writes to, for the log.
+    """
+
+    def __init__(self, name: str, write: Callable[[Any], object]) -> None:
         self._name = name
-        self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[tuple[Callable[[], str], int, asyncio.Future[None]] | None]
-        self._queue = queue.SimpleQueue()
-        self._waiting = 0  # octets that are not written yet
-        self._is_writing = False
-        self._progress = 0  # grows whenever the thread begins or continues to write
-        self._is_read = True  # False after OUTPUT_TIMEOUT, until something is written
-        self._closed = self._loop.create_future()
+        self._write = write
+        self._queue: queue.SimpleQueue[tuple[Any, int] | None] = queue.SimpleQueue()
+        self._added = 0  # octets, counted by the event loop
+        self._finished = 0  # octets, counted by the thread
+        self._is_complete = True
         # A daemon does not keep the program from ending.
-        threading.Thread(target=self._run, name="dsmtpd output", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="dsmtpd output", daemon=True)
+        self._thread.start()
 
-    def put(self, get_text: Callable[[], str], size: int) -> asyncio.Future[None]:
-        """Have the thread write what get_text() returns, which has about size octets.
-
-        The result of the future is set when it is written, or lost because too much waits.
-        """
-        written = self._loop.create_future()
-        if self._waiting and self._waiting + size > MAX_WAITING_OUTPUT:
-            log.warning("Nobody reads %s: an event is lost", self._name)
-            written.set_result(None)
+    def put(self, item: object, size: int) -> None:
+        """Have the thread write an item of about size octets."""
+        waiting = self._added - self._finished
+        if waiting and waiting + size > MAX_WAITING_OUTPUT:
+            self._warn("too much is waiting")
         else:
-            self._waiting += size
-            self._queue.put((get_text, size, written))
-        return written
+            self._added += size
+            self._queue.put((item, size))
 
-    async def write(self, get_text: Callable[[], str], size: int) -> None:
-        """Do the same as put(), and wait until it is written, unless nobody reads the file."""
-        written = self.put(get_text, size)
-        if self._is_read:
-            self._is_read = await self._wait(written)
-
-    async def close(self) -> None:
-        """Close the file when all is written. What nobody reads is lost."""
+    def close(self) -> None:
+        """Wait until everything is written, as long as there is progress."""
         self._queue.put(None)
-        if not await self._wait(self._closed):
-            log.error("Nobody reads %s: the rest of the output is lost", self._name)
-
-    async def _wait(self, future: asyncio.Future[None]) -> bool:
-        """Wait until a future is done; return False if nobody reads the file."""
-        while not future.done():
-            progress = self._progress
-            await asyncio.wait([future], timeout=OUTPUT_TIMEOUT)
-            if self._is_writing and self._progress == progress:
-                return future.done()
-        return True
+        finished = -1
+        while self._thread.is_alive() and self._finished > finished:
+            finished = self._finished
+            self._thread.join(OUTPUT_TIMEOUT)
+        if self._thread.is_alive():
+            log.error("Cannot write to %s in time: the rest is lost", self._name)
 
     def _run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop is closed
-            while self._write_next():
-                pass
-            self._close_file()
-            self._loop.call_soon_threadsafe(self._closed.set_result, None)
-
-    def _write_next(self) -> bool:
-        """Write the next text of the queue; return False at its end."""
-        item = self._queue.get()
-        if item is None:
-            return False
-        get_text, size, written = item
-        self._write_text(get_text)
-        self._loop.call_soon_threadsafe(self._on_written, size, written)
-        return True
-
-    def _write_text(self, get_text: Callable[[], str]) -> None:
-        if self._file is None:
-            return
-        try:
-            text = get_text()
-            self._is_writing = True
-            self._progress += 1
-            for start in range(0, len(text), OUTPUT_SIZE):
-                self._file.write(text[start : start + OUTPUT_SIZE])
-                self._file.flush()
-                self._progress += 1
-        except OSError as error:
-            log.warning("Cannot write to %s: %s", self._name, error)
-            self._close_file()
-        except Exception:
-            log.exception("Cannot write to %s", self._name)
-        finally:
-            self._is_writing = False
-
-    def _close_file(self) -> None:
-        if self._file is not None and self._file is not sys.stdout:
-            with contextlib.suppress(OSError):
-                self._file.close()
-        self._file = None
-
-    def _on_written(self, size: int, written: asyncio.Future[None]) -> None:
-        self._waiting -= size
-        self._is_read = True
-        written.set_result(None)
-
-
-class _Command:
-    """The command after "--"."""
-
-    def __init__(self, arguments: list[str], timeout: float | None) -> None:
-        self._arguments = arguments
-        self._timeout = timeout
-        self._process: asyncio.subprocess.Process | None = None
-        self._early_signals: list[str] = []  # arrived before the process has started
-
-    async def run(self, env: dict[str, str]) -> int:
-        """Run the command; return its exit status as a shell does."""
-        try:
-            # With a session of its own, its processes are signalled together.
-            process = await asyncio.create_subprocess_exec(
-                *self._arguments, env={**os.environ, **env}, start_new_session=True
-            )
-        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
-            log.error("Cannot run %s: %s", self._arguments[0], error)
-            return 127
-        self._process = process
-        for name in self._early_signals:
-            self.send_signal(name)
-        status = await self._wait(process)
-        self._kill_remaining_processes(process.pid)
-        self._process = None
-        return status if status >= 0 else 128 - status
-
-    async def _wait(self, process: asyncio.subprocess.Process) -> int:
-        """Wait until the process ends, or end it after --timeout; return its exit status."""
-        ended = asyncio.ensure_future(process.wait())
-        await asyncio.wait([ended], timeout=self._timeout)
-        if ended.done():
-            return ended.result()
-        for name in ("SIGTERM", "SIGKILL"):
-            log.warning("Timeout: sending %s to %s", name, self._arguments[0])
-            self.send_signal(name)
-            await asyncio.wait([ended], timeout=KILL_TIMEOUT)
-            if ended.done():
-                break
-        status = await ended
-        return -signal.SIGTERM if status == 0 else status  # servers end with status 0
-
-    def send_signal(self, name: str) -> None:
-        """Send a signal to all processes of the command.
-
-        A signal that arrives before the command starts is sent as soon as it has started.
-        """
-        if self._process is None:
-            self._early_signals.append(name)
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.name == "posix":
-                os.killpg(self._process.pid, signal.Signals[name])
-            elif name in ("SIGTERM", "SIGKILL"):  # Windows has only these
-                self._process.kill()
-            # On Windows, the console sends Ctrl-C and Ctrl-Break to the command as well.
-
-    def _kill_remaining_processes(self, pid: int) -> None:
-        """Kill the processes that the command has left running, after it has ended."""
-        if os.name != "posix":
-            return
-        with contextlib.suppress(PermissionError):
+        while (entry := self._queue.get()) is not None:
+            item, size = entry
             try:
-                os.getsid(pid)  # if its number is another process now, that is not killed
-            except ProcessLookupError:
-                self.send_signal("SIGKILL")
+                self._write(item)
+            except OSError as error:
+                self._warn(str(error))
+            except Exception:
+                log.exception("Cannot write to %s", self._name)
+            self._finished += size
+
+    def _warn(self, reason: str) -> None:
+        """Log the first reason why something is lost."""
+        if self._is_complete:
+            log.warning("Cannot write to %s: %s", self._name, reason)
+        self._is_complete = False
 
 
-def _exit_with_error(status: int, text: str) -> NoReturn:
-    """Log why the server cannot start, and end the program."""
-    log.error("%s", text)
-    sys.exit(status)
+def _open_output(path: str | None) -> tuple[io.FileIO, str]:
+    """Open a file to append to, or standard output; return it and its encoding.
+
+    The file has no buffer, and so no lock. sys.stdout has one: at its end, Python would wait for
+    a thread that is writing to it.
+    """
+    if path is not None:
+        return open(path, "ab", buffering=0), "utf-8"
+    try:
+        return open(sys.stdout.fileno(), "wb", buffering=0, closefd=False), sys.stdout.encoding
+    except (AttributeError, OSError, ValueError):
+        # It was closed before the start, or replaced by an object without a descriptor.
+        return open(os.devnull, "wb", buffering=0), "utf-8"
+
+
+def _write_text(file: io.FileIO, encoding: str, get_text: Callable[[], str]) -> None:
+    rest = memoryview(get_text().encode(encoding, "backslashreplace"))
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+class _SignalHandler:
+    """Handles Ctrl-C, Ctrl-Break, SIGTERM and SIGHUP.
+
+    The first one sets `stop`, and the next one ends the program. While the command runs, SIGTERM
+    and SIGHUP are passed on to it instead.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        """The signal that stops the program, or 0."""
+        self.stop = asyncio.Event()
+        self.command: asyncio.subprocess.Process | None = None
+        """The command, while it runs."""
+        if hasattr(signal, "SIGCHLD"):
+            # If the parent process ignores it, the exit status of the command would be lost.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._install(self._handle)
+
+    def set_command(self, command: asyncio.subprocess.Process) -> None:
+        """Pass signals on to the command, also one that came while it was started."""
+        self.command = command
+        if self.number:
+            self._install(self._handle)
+            _send_signal(command, self.number)
+
+    def _install(self, handler: Callable[[int, object], object] | signal.Handlers) -> None:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = signal.Signals.__members__.get(name)
+            # What the parent process ignores stays ignored; nohup does that for SIGHUP.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.command is not None:
+            # The terminal sends Ctrl-C to the command as well.
+            if signal.Signals(number).name in ("SIGTERM", "SIGHUP"):
+                _send_signal(self.command, number)
+            return
+        self._install(signal.SIG_DFL)
+        self.number = number
+        with contextlib.suppress(RuntimeError):  # no event loop is running
+            asyncio.get_running_loop().call_soon_threadsafe(self.stop.set)
+
+
+def _send_signal(command: asyncio.subprocess.Process, number: int) -> None:
+    # Process.send_signal() of older Pythons may lose the exit status.
+    with contextlib.suppress(OSError):  # the command has ended, or runs as another user
+        os.kill(command.pid, number)
 
 
 class _Program:
-    """One run of the program: the server, its output, its signal handlers and the command."""
+    """One run of the program: the server, its outputs and the command."""
 
-    def __init__(self, args: argparse.Namespace, cleanup: contextlib.ExitStack) -> None:
+    def __init__(
+        self, args: argparse.Namespace, signals: _SignalHandler, cleanup: contextlib.ExitStack
+    ) -> None:
         self._args = args
-        self._cleanup = cleanup  # removes temporary files
-        self._command = _Command(args.command, args.timeout)
-        self._output: _Output | None = None
-        self._loop: asyncio.AbstractEventLoop
-        self._stop = asyncio.Event()
+        self._signals = signals
+        self._cleanup = cleanup  # closes the output file, and removes the temporary Maildir
+        self._text: _Output | None = None  # --print or --json
+        self._pages: _Output | None = None  # --html
+        self._page_url = ""
         self._received = 0  # messages
         self._refused = 0  # commands and messages
+        self._rejected = 0  # messages, by --strict
 
     async def run(self) -> int:
         """Run until the program is stopped; return the exit status."""
-        self._loop = asyncio.get_running_loop()
         server = await self._start()
-        self._handle_signals()
-        self._announce(server)
         status = 0
         if self._args.command:
-            status = await self._command.run(self._environment(server))
+            status = await self._run_command(server)
         else:
-            await self._wait_until_stopped(server)
+            await self._wait_until_stopped()
         log.info("Cleaning up")
-        # A test run does not wait for its handler forever.
-        is_test_run = self._args.command or self._args.expect is not None or self._args.timeout
-        timeout = HANDLER_TIMEOUT if is_test_run and self._args.handler else None
-        try:
-            await asyncio.wait_for(server.close(), timeout)
-            if self._output is not None:
-                await self._output.close()
-        except asyncio.TimeoutError:
-            name = self._args.handler
-            log.error("The handler %s did not return within %g s", name, HANDLER_TIMEOUT)
+        handler_returned = await self._close(server)
+        expectation_status = self._check_expectation()
+        status = status or expectation_status
+        if not handler_returned:
             self._cleanup.close()
-            os._exit(status or 1)  # asyncio.run() would wait for the handler as well
-        expectation_status = self._check_expectation(server)
-        return status or expectation_status
+            os._exit(status or 1)  # asyncio.run() would wait for the handler
+        return status
 
     async def _start(self) -> Server:
-        """Start the server and the output, or end the program with a line that says why not."""
-        config: Config = self._args.config
+        """Start the server and the outputs, or end the program with a line that says why not."""
         try:
             handler = _load_handler(self._args.handler) if self._args.handler else None
-        except ValueError as error:
-            _exit_with_error(2, f"Cannot start: {error}")
+            config = self._add_temporary_maildir(self._args.config)
+        except (OSError, ValueError) as error:
+            self._fail(2, f"Cannot start: {error}")
         try:
             sockets = _systemd_sockets() or listen(config)
         except (OSError, ValueError) as error:
-            _exit_with_error(3, f"Cannot listen on {_listen_error(config, error)}")
+            self._fail(3, f"Cannot listen on {_listen_error(config, error)}")
         server = Server(
             config, handler=handler, on_message=self._on_message, on_refusal=self._on_refusal
         )
         try:
             await server.start(sockets)
-            if self._args.json or self._args.print:
-                self._output = self._start_output(self._args.json or self._args.print)
+            self._open_outputs()
+            await self._announce(server)
         except (OSError, RuntimeError, ValueError, mailbox.Error) as error:
             await server.close()
-            _exit_with_error(2, f"Cannot start: {error}")
-        if server.cafile is not None:  # the server does not remove it at the second signal
-            self._cleanup.callback(_remove_directory, os.path.dirname(server.cafile))
+            self._fail(2, f"Cannot start: {error}")
         return server
 
-    def _start_output(self, path: str) -> _Output:
-        name = "standard output" if path == "-" else path
-        try:
-            return _Output(_open_output(path, "{" if self._args.json else _MESSAGE_START), name)
-        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
-            reason = error.strerror if isinstance(error, OSError) else None
-            raise ValueError(f"cannot write to {name}: {reason or error}") from error
+    def _fail(self, status: int, text: str) -> NoReturn:
+        """End the program because it cannot start, unless a signal is the reason."""
+        if self._signals.number:
+            sys.exit(self._interrupted_status)
+        log.error("%s", text)
+        sys.exit(status)
 
-    def _check_expectation(self, server: Server) -> int:
+    def _add_temporary_maildir(self, config: Config) -> Config:
+        """Return the config with a Maildir for the command, unless -d or --handler is given."""
+        if not self._args.command or self._args.directory or self._args.handler:
+            return config
+        directory = tempfile.TemporaryDirectory(prefix="dsmtpd-", ignore_cleanup_errors=True)
+        return replace(config, directory=self._cleanup.enter_context(directory))
+
+    def _open_outputs(self) -> None:
+        if self._args.print or self._args.json:
+            path = self._args.output
+            file, encoding = _open_output(path)
+            self._cleanup.enter_context(file)
+            write = partial(_write_text, file, encoding)
+            self._text = _Output(path or "standard output", write)
+        if self._args.html:
+            pages = PageDirectory(self._args.html)
+            self._pages, self._page_url = _Output(self._args.html, pages.add), pages.url
+
+    async def _announce(self, server: Server) -> None:
+        """Log where the server listens and what it does with messages.
+
+        Raises OSError if the Maildir cannot be read.
+        """
+        for address in server.addresses:
+            log.info("Starting dsmtpd %s at %s", __version__, format_address(address))
+            self._put_event("listening", host=address[0], port=address[1], version=__version__)
+        if self._args.handler:
+            log.info("Handing the incoming emails to %s", self._args.handler)
+        if self._pages is not None:
+            log.info("Open %s", self._page_url)
+        if server.maildir is not None:
+            path = _maildir_path(server)
+            log.info("Storing the incoming emails into %s", path)
+            # The server listens already, and counting may take a second.
+            count = await asyncio.to_thread(len, server.maildir)
+            log.info("Found a Maildir storage with %s mails", count)
+            if server.config.directory is None and _has_other_files(path):
+                log.warning("%s has other files too; -d DIR selects another directory", path)
+
+    async def _run_command(self, server: Server) -> int:
+        """Run the command; return its exit status as a shell does."""
+        if self._signals.number:
+            return self._interrupted_status
+        name = self._args.command[0]
+        try:
+            command = await asyncio.create_subprocess_exec(
+                *self._args.command, env={**os.environ, **_environment(server)}
+            )
+        except OSError as error:
+            log.error("Cannot run %s: %s", name, error.strerror)
+            return 127
+        self._signals.set_command(command)
+        status = await self._wait_for_command(command, name)
+        self._signals.command = None
+        return status if status >= 0 else 128 - status
+
+    async def _wait_for_command(self, command: asyncio.subprocess.Process, name: str) -> int:
+        """Wait until the command ends, or end it after --timeout; return its exit status."""
+        try:
+            return await asyncio.wait_for(command.wait(), self._args.timeout)
+        except asyncio.TimeoutError:
+            log.warning("Timeout: sending SIGTERM to %s", name)
+            _send_signal(command, signal.SIGTERM)
+        try:
+            await asyncio.wait_for(command.wait(), KILL_TIMEOUT)
+        except asyncio.TimeoutError:
+            log.warning("Timeout: sending SIGKILL to %s", name)
+            with contextlib.suppress(OSError):
+                command.kill()
+        return await command.wait() or -signal.SIGTERM  # servers end with status 0
+
+    @property
+    def _interrupted_status(self) -> int:
+        """The exit status after a signal: a command that has not run has not succeeded."""
+        return 128 + self._signals.number if self._args.command else 0
+
+    async def _wait_until_stopped(self) -> None:
+        if not self._signals.number:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._signals.stop.wait(), self._args.timeout)
+
+    async def _close(self, server: Server) -> bool:
+        """Close the server and the outputs; return False if the handler does not return."""
+        # A test run does not wait for its handler forever.
+        is_test_run = self._args.command or self._args.expect is not None or self._args.timeout
+        timeout = HANDLER_TIMEOUT if is_test_run and self._args.handler else None
+        is_complete = self._args.expect is not None and self._received >= self._args.expect
+        quit_timeout = STOP_TIMEOUT if is_complete else 0.0  # for the client of the last message
+        closing = asyncio.ensure_future(server.close(quit_timeout))
+        await asyncio.wait([closing], timeout=timeout)
+        if not closing.done():
+            name = self._args.handler
+            log.error("The handler %s did not return within %g s", name, HANDLER_TIMEOUT)
+        for output in (self._text, self._pages):
+            if output is not None:
+                output.close()
+        if self._pages is not None and self._args.command and self._received:
+            log.info("Open %s", self._page_url)
+        return closing.done()
+
+    def _check_expectation(self) -> int:
         """Return the exit status, and log why it is not 0."""
-        expected, rejected = self._args.expect, 0
+        expected = self._args.expect
         if expected is None:
             return 0
         is_met = self._received == 0 if expected == 0 else self._received >= expected
-        if is_met and not rejected:
+        if is_met and not self._rejected:
             return 0
         text = (
             "Expected messages: %d, arrived: %d, rejected by --strict: %d,"
             " refused commands and messages: %d"
         )
-        log.error(text, expected, self._received, rejected, self._refused)
+        if not self._received and not self._refused:
+            text += "; the fixture smtpd and Django's test backend do not send to this server"
+        log.error(text, expected, self._received, self._rejected, self._refused)
         return 1
 
-    def _announce(self, server: Server) -> None:
-        for address in server.addresses:
-            log.info("Starting dsmtpd %s at %s", __version__, format_address(address))
-        if self._args.handler:
-            log.info("Handing the incoming emails to %s", self._args.handler)
-        if server.maildir is not None:
-            log.info("Storing the incoming emails into %s", server.maildir.path)
-            log.info("Found a Maildir storage with %s mails", len(server.maildir))
-        for host, port in server.addresses:
-            self._put_event("listening", host=host, port=port, version=__version__)
-
-    async def _on_message(self, envelope: Envelope) -> None:
+    def _on_message(self, envelope: Envelope) -> None:
         self._received += 1
         expected = self._args.expect
         if expected is not None and self._received >= expected and not self._args.command:
-            self._stop.set()
-        if self._output is not None:
-            get_text = partial(_message_event if self._args.json else _as_text, envelope)
-            # An estimate: the parameters of recipients and the other fields need memory as well.
-            size = len(envelope.content) + sum(len(rcpt_to) + 500 for rcpt_to in envelope.rcpt_tos)
-            await self._output.write(get_text, size + 1000)
+            self._signals.stop.set()
+        size = len(envelope.content) + 1000 * len(envelope.rcpt_tos)  # an estimate
+        if self._text is not None:
+            get_text = _message_event if self._args.json else _as_text
+            self._text.put(partial(get_text, envelope), size)
+        if self._pages is not None:
+            self._pages.put(envelope, size)
 
     def _on_refusal(self, refusal: Refusal) -> None:
         self._refused += 1
+        if refusal.verb == "." and refusal.reply.text.partition(":")[0] in WARNINGS:
+            self._rejected += 1
         self._put_event(
             "refused",
             time=refusal.time.isoformat(),
@@ -3378,63 +3614,28 @@ class _Program:
         )
 
     def _put_event(self, event: str, **values: object) -> None:
-        if self._output is not None and self._args.json:
+        if self._text is not None and self._args.json:
             text = _json_line(event, **values)
-            self._output.put(lambda: text, len(text))
+            self._text.put(lambda: text, len(text))
 
-    def _handle_signals(self) -> None:
-        if os.name == "posix":
-            # Otherwise, a signal just before the event loop waits is handled at its next event.
-            reader, writer = socket.socketpair()
-            self._cleanup.callback(reader.close)
-            self._cleanup.callback(writer.close)
-            self._cleanup.callback(signal.set_wakeup_fd, -1)
-            reader.setblocking(False)
-            writer.setblocking(False)
-            self._loop.add_reader(reader, reader.recv, 4096)
-            signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        _set_signal_handler(self._on_signal)
-        if hasattr(signal, "SIGTSTP") and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
-            signal.signal(signal.SIGTSTP, self._on_suspend)
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        """Handle the first signal: pass it to the command, and stop."""
-        _set_signal_handler(self._on_second_signal)
-        self._command.send_signal(signal.Signals(number).name)
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: the program ends
-            self._loop.call_soon_threadsafe(self._stop.set)
+def _environment(server: Server) -> dict[str, str]:
+    """Return the environment variables that tell the command where to send messages."""
+    env = {"SMTP_HOST": client_host(server.host), "SMTP_PORT": str(server.port)}
+    if server.maildir is not None:
+        env["DSMTPD_MAILDIR"] = _maildir_path(server)
+    if server.cafile is not None:
+        env["DSMTPD_CAFILE"] = server.cafile
+    return env
 
-    def _on_second_signal(self, number: int, frame: object) -> NoReturn:
-        """Kill the command, and end the program by this signal without waiting for anything."""
-        self._command.send_signal("SIGKILL")
-        self._cleanup.close()
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
-        os._exit(128 + number)  # the system does not end process 1 of a container
 
-    def _on_suspend(self, number: int, frame: object) -> None:
-        """Stop at Ctrl-Z, together with the command, and continue with it."""
-        # The system ignores SIGTSTP in a session without a terminal, such as that of the command.
-        self._command.send_signal("SIGSTOP")
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)  # returns at SIGCONT
-        signal.signal(number, self._on_suspend)
-        self._command.send_signal("SIGCONT")
+def _maildir_path(server: Server) -> str:
+    return os.path.abspath(server.config.directory or ".")
 
-    async def _wait_until_stopped(self, server: Server) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), self._args.timeout)
-        if self._args.expect is not None and self._received >= self._args.expect:
-            pass
 
-    def _environment(self, server: Server) -> dict[str, str]:
-        """Return the environment variables that tell the command where to send messages."""
-        env = {"SMTP_HOST": client_host(server.host), "SMTP_PORT": str(server.port)}
-        if server.maildir is not None:
-            env["DSMTPD_MAILDIR"] = str(server.maildir.path)
-        if server.cafile is not None:
-            env["DSMTPD_CAFILE"] = server.cafile
-        return env
+def _has_other_files(maildir: str) -> bool:
+    names = {name for name in os.listdir(maildir) if not name.startswith(".")}
+    return bool(names - {"cur", "new", "tmp"})
 
 
 _LISTEN_ERRORS = {
@@ -3458,10 +3659,10 @@ def _listen_error(config: Config, error: Exception) -> str:
 def _systemd_sockets() -> list[socket.socket]:
     """Return the listening sockets that systemd passes to this process (sd_listen_fds(3))."""
     is_for_us = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
-    count = int(os.environ.pop("LISTEN_FDS", "0"))
-    if not is_for_us:
+    count = os.environ.pop("LISTEN_FDS", "")
+    if not is_for_us or not count:
         return []
-    sockets = [socket.socket(fileno=3 + number) for number in range(count)]
+    sockets = [socket.socket(fileno=3 + number) for number in range(int(count))]
     for sock in sockets:
         sock.set_inheritable(False)  # not for the command
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
@@ -3474,8 +3675,8 @@ def _load_handler(name: str) -> Handler:
     module_name, _, path = name.partition(":")
     if not module_name or not path:
         raise ValueError(f"--handler {name}: must be MODULE:CALLABLE, such as my_file:my_function")
-    sys.path.insert(0, os.getcwd())
     try:
+        sys.path.append(os.getcwd())  # last: a json.py there does not replace the standard one
         module = importlib.import_module(module_name)
         handler: Handler = operator.attrgetter(path)(module)
     except (Exception, SystemExit) as error:  # the module may raise anything
@@ -3483,18 +3684,6 @@ def _load_handler(name: str) -> Handler:
     if not callable(handler):
         raise ValueError(f"--handler {name}: {path} is not callable")
     return handler
-
-
-def _set_signal_handler(handler: Callable[[int, object], object] | signal.Handlers) -> None:
-    """Call handler(number, frame) at Ctrl-C, Ctrl-Break, SIGTERM, SIGHUP and SIGQUIT."""
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGQUIT"):
-        number = signal.Signals.__members__.get(name)
-        if number is None:
-            continue
-        # Keep what the parent ignores: nohup does it for SIGHUP, and "&" in a script for SIGQUIT.
-        if name in ("SIGHUP", "SIGQUIT") and signal.getsignal(number) is signal.SIG_IGN:
-            continue
-        signal.signal(number, handler)
 
 
 def _json_line(event: str, **values: object) -> str:
@@ -3530,6 +3719,8 @@ def _message_event(envelope: Envelope) -> str:
         path=envelope.path and os.fsencode(envelope.path).decode("utf-8", "replace"),
     )
 
+
+_MESSAGE_START = "---------- MESSAGE FOLLOWS ----------"
 
 # Invisible characters that HTML messages contain for their layout
 _LAYOUT_CHARACTERS = dict.fromkeys(map(ord, "\u00ad\u034f\u200b\u200c\u200d\ufeff"))
