@@ -2910,7 +2910,7 @@ class Server:
             self._serve_client,
             sock=sock,
             ssl=context,
-            backlog=self._max_connections // 2,
+            backlog=max(1, self._max_connections // 2),
         )
         self._listening.callback(listener.close)
 
@@ -2949,7 +2949,8 @@ class Server:
 
     async def _stop_listening(self) -> None:
         """Close the listening sockets, after all clients that asyncio has accepted are served."""
-        for sock in self._sockets:
+        sockets, self._sockets = self._sockets, []  # close() may be called again
+        for sock in sockets:
             with contextlib.suppress(NotImplementedError):  # on Windows
                 asyncio.get_running_loop().remove_reader(sock)  # asyncio accepts no more
         for _ in range(ACCEPT_ITERATIONS):

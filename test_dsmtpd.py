@@ -428,6 +428,7 @@ VALID_PATHS = {
 # Paths that are refused, by the enhanced status code; BAD is 5.1.7 for MAIL and 5.1.3 for RCPT.
 INVALID_PATHS = {
     "5.5.4": ["a@b", "", "<a@b", "<a@b>x", "<a@b>>", "<a@_>x"],
+    "5.5.2": ["<a\udcff@b>"],  # an octet that is not UTF-8
     "BAD": [
         *["<a b@c>", '<"a@b>', '<a"b@c>', "<.a@b>", "<a.@b>", "<a..b@c>", "<a@>", "<@b>", "<@b:>"],
         *["<a@b@c>", "<a@-b>", "<a@b->", "<a@b..c>", "<a@b c>", "<a@[256.0.0.1]>", "<a@[1.2.3]>"],
@@ -451,10 +452,11 @@ def test_invalid_path(status: str) -> None:
     for path in INVALID_PATHS[status]:
         client = Client()
         client.codes("EHLO x")
-        reply = client.send(f"MAIL FROM:{path} SMTPUTF8\r\n".encode()).decode()
+        line = f"MAIL FROM:{path} SMTPUTF8\r\n".encode("utf-8", "surrogateescape")
+        reply = client.send(line).decode()
         assert reply.startswith("501 " + status.replace("BAD", "5.1.7")), path
         client.codes("MAIL FROM:<> SMTPUTF8")
-        reply = client.send(f"RCPT TO:{path}\r\n".encode()).decode()
+        reply = client.send(f"RCPT TO:{path}\r\n".encode("utf-8", "surrogateescape")).decode()
         assert reply.startswith("501 " + status.replace("BAD", "5.1.3")), path
 
 
@@ -467,13 +469,6 @@ def test_non_ascii_address(address: str) -> None:
     assert client.codes("DATA", ".") == "354 250"
     assert client.envelopes[0].mail_from == address
     assert client.envelopes[0].protocol == "UTF8SMTP"
-
-
-def test_address_with_invalid_utf8() -> None:
-    for parameter in (b"", b" SMTPUTF8"):
-        client = Client()
-        reply = client.send(b"EHLO x\r\nMAIL FROM:<a\xff@x>" + parameter + b"\r\n")
-        assert b"\r\n501 5.5.2" in reply
 
 
 # Parameters, between two spaces, by the verb and the reply.
@@ -1501,8 +1496,7 @@ def test_message_size(size: int, expected: bytes) -> None:
     """The rest of a message that is too large is not parsed as commands."""
     client = client_with_recipient(max_size=100)
     assert client.codes("DATA") == "354"
-    data = (b".." + b"x" * (size - 1))[: size + 1]
-    reply = client.send_in_pieces(data + b"\r\n.\r\nNOOP\r\n", 90)
+    reply = client.send_in_pieces(b".." + b"x" * (size - 1) + b"\r\n.\r\nNOOP\r\n", 90)
     assert reply.startswith(expected)
     assert reply.endswith(b"250 2.0.0 OK\r\n")
     assert len(client.envelopes) == (expected == b"250")
@@ -2111,7 +2105,7 @@ def test_start_changes_no_file_of_a_maildir(tmp_path: Path) -> None:
     assert old.exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of resources")
+@POSIX
 def test_full_disk(tmp_path: Path) -> None:
     code = (
         "import dsmtpd, resource\n"
@@ -2262,7 +2256,7 @@ class SlowHandler:
         self.envelopes.append(envelope)
 
 
-SLOW = [HELLO, *START[1:], "DATA", f"{CLEAN}Subject: slow\r\n", "."]
+SLOW = [*START, "DATA", f"{CLEAN}Subject: slow\r\n", "."]
 
 
 def test_server(tmp_path: Path) -> None:
@@ -2367,14 +2361,16 @@ def replies_with(handler: Callable[[Envelope], object], **options: Any) -> list[
     return replies
 
 
-def test_on_message_exception(caplog: pytest.LogCaptureFixture) -> None:
-    """The message is delivered, so the client must not send it again."""
+def test_exceptions_of_callbacks(caplog: pytest.LogCaptureFixture) -> None:
+    """The client gets its reply all the same: it must not send a delivered message again."""
 
-    def fail(envelope: Envelope) -> None:
-        raise OSError("no on_message today")
+    def fail(item: object) -> None:
+        raise OSError("no callback today")
 
-    assert replies_with(str, on_message=fail) == ["250 2.0.0 Message accepted", "250 2.0.0 OK"]
-    assert "no on_message today" in caplog.text
+    options = {"on_message": fail, "on_refusal": fail, "fail": ["NOOP * 450"]}
+    replies = replies_with(str, **options)
+    assert replies == ["250 2.0.0 Message accepted", "450 4.0.0 Scripted failure"]
+    assert caplog.text.count("OSError: no callback today") == 2
 
 
 def test_end_of_the_event_loop_cancels_the_handler(caplog: pytest.LogCaptureFixture) -> None:
@@ -2469,6 +2465,8 @@ def test_close_waits_for_handler_but_not_for_client(monkeypatch: pytest.MonkeyPa
         # Unread replies fill the buffers on both sides.
         pause(paused)
         paused.writer.write(b"HELP\r\n" * 100_000)
+        writers = [connection._writer for connection in server._connections.values()]
+        await until(lambda: max(w.transport.get_write_buffer_size() for w in writers) > 65_536)
         closing = asyncio.create_task(server.close())
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.shield(closing), 0.2)
@@ -2511,10 +2509,10 @@ def test_pipelined_commands_do_not_block_other_session() -> None:
 
     async def scenario(server: Server, connect: Connect) -> None:
         peer, other = await connect(), await connect()
-        peer.writer.write(b"NOOP\r\n" * 10_000)
+        peer.writer.write(b"NOOP\r\n" * 5000)
         assert await other.exchange("HELP") != ""
-        assert len(refusals) < 10_000
-        for _ in range(10_000):
+        assert len(refusals) < 5000
+        for _ in range(5000):
             assert (await peer.reply()).startswith("550")
 
     serve(scenario, fail=["NOOP * 550"], on_refusal=refusals.append)
@@ -2561,6 +2559,7 @@ def test_idle_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def scenario(server: Server, connect: Connect) -> None:
         peer = await connect()
+        assert await peer.exchange("NOOP") == "250 2.0.0 OK"  # the delay is longer
         assert await peer.reply() == "421 4.4.2 Idle timeout"
         assert await peer.reply() == ""
         peer = await connect()
@@ -2574,7 +2573,7 @@ def test_idle_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
                 peer.writer.write(b"HELP\r\n" * 10_000)
                 await peer.writer.drain()
 
-    serve(scenario)
+    serve(scenario, fail=["NOOP * delay 0.2"])
 
 
 def test_paused_client_does_not_block_others() -> None:
@@ -2583,11 +2582,11 @@ def test_paused_client_does_not_block_others() -> None:
     async def scenario(server: Server, connect: Connect) -> None:
         paused, other = await connect(), await connect()
         transport = pause(paused)
-        for _ in range(100):
+        for _ in range(50):
             paused.writer.write(b"HELP\r\n" * 300)
             assert await asyncio.wait_for(other.exchange("NOOP"), 5) == "250 2.0.0 OK"
         transport.resume_reading()
-        for _ in range(100 * 300):
+        for _ in range(50 * 300):
             assert (await paused.reply()).startswith("214 ")
 
     serve(scenario)
@@ -2627,7 +2626,7 @@ def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def scenario(server: Server, connect: Connect) -> None:
         peers = [await connect() for _ in range(3)]
-        assert [peer.greeting[:9] for peer in peers][2] == "421 4.3.2"
+        assert [peer.greeting[:3] for peer in peers] == ["220", "220", "421"]
         assert await peers[2].reply() == ""
         await peers[0].exchange("QUIT")
         assert await peers[0].reply() == ""
@@ -2710,9 +2709,9 @@ def client_context(pem: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(pem / "cert.pem"))
 
 
-def connect_tls(pem: Path, port: int) -> ssl.SSLSocket:
+def connect_tls(port: int, context: ssl.SSLContext) -> ssl.SSLSocket:
     plain = socket.create_connection(("127.0.0.1", port), 20)
-    return client_context(pem).wrap_socket(plain, server_hostname="localhost")
+    return context.wrap_socket(plain, server_hostname="localhost")
 
 
 @OPENSSL
@@ -2725,12 +2724,10 @@ def test_silent_tls_clients(command: bytes, pem: Path, monkeypatch: pytest.Monke
     async def scenario(server: Server, connect: Connect) -> None:
         with contextlib.ExitStack() as stack:
             for _ in range(2):
-                client = await asyncio.to_thread(connect_tls, pem, server.port)
+                client = await asyncio.to_thread(connect_tls, server.port, client_context(pem))
                 stack.enter_context(client).sendall(command)
-            # While all places are taken, a connection is closed without a reply.
-            assert (await connect()).greeting == ""
             await until(lambda: not server._connections)
-            client = await asyncio.to_thread(connect_tls, pem, server.port)
+            client = await asyncio.to_thread(connect_tls, server.port, client_context(pem))
             greeting = await asyncio.to_thread(stack.enter_context(client).recv, 100)
             assert greeting.startswith(b"220 ")
 
@@ -2738,11 +2735,20 @@ def test_silent_tls_clients(command: bytes, pem: Path, monkeypatch: pytest.Monke
 
 
 @OPENSSL
+def test_too_many_connections_with_implicit_tls(pem: Path) -> None:
+    async def scenario(server: Server, connect: Connect) -> None:
+        server._max_connections = 0
+        assert (await connect()).greeting == ""  # it is closed without a reply
+
+    serve(scenario, tls="implicit", cert=pem / "both.pem")
+
+
+@OPENSSL
 def test_close_after_failed_tls_session(pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsmtpd, "STOP_TIMEOUT", 0.1)
 
     async def scenario(server: Server, connect: Connect) -> None:
-        with await asyncio.to_thread(connect_tls, pem, server.port) as client:
+        with await asyncio.to_thread(connect_tls, server.port, client_context(pem)) as client:
             client.sendall("\r\n".join([*SLOW, ""]).encode())  # it sends no close_notify
             await until(lambda: server._connections and failures)
             await asyncio.wait_for(server.close(), 10)
@@ -2863,6 +2869,8 @@ def test_tls_client_errors(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
             peer = await connect(**tls)
             await peer.exchange(command)
             peer.writer.transport.abort()
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await asyncio.to_thread(connect_tls, server.port, ssl.create_default_context())
         assert (await (await connect(**tls)).send_mail()).startswith("250")
 
     async def starttls(server: Server, connect: Connect) -> None:
@@ -2882,8 +2890,9 @@ def test_tls_client_errors(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
     reasons = [record.getMessage().partition(": TLS handshake failed: ")[2] for record in records]
     reasons = [reason for reason in reasons if reason]
     assert any("the client sent plain text instead of TLS" in reason for reason in reasons)
-    assert any("it may not trust the certificate" in reason for reason in reasons)
-    assert 3 <= len(reasons) <= 6
+    assert any("; it may not trust the certificate" in reason for reason in reasons)
+    assert any("; the client may not trust the certificate" in reason for reason in reasons)
+    assert 4 <= len(reasons) <= 7
 
 
 @OPENSSL
@@ -2899,7 +2908,7 @@ def test_rest_of_the_input_after_a_disconnect(
     async def scenario(server: Server, connect: Connect) -> None:
         async def new_client() -> socket.socket:
             if tls:
-                return await asyncio.to_thread(connect_tls, pem, server.port)
+                return await asyncio.to_thread(connect_tls, server.port, client_context(pem))
             return socket.create_connection((server.host, server.port))
 
         with await new_client() as client:
@@ -3490,20 +3499,37 @@ def test_capture() -> None:
         assert inbox.wait(subject="First").email["Subject"] == "First"
         assert inbox.wait_for(2) == inbox.messages
         assert len(inbox.wait_for(1)) == 1
-        with pytest.raises(TimeoutError) as caught:
+        text = "0 of 1 messages with to 'three@x' within 0.01 seconds; " + inbox.report()
+        with pytest.raises(TimeoutError, match=re.escape(text)):
             inbox.wait(to="three@x", timeout=0.01)
-        assert str(caught.value) == (
-            "0 of 1 messages with to 'three@x' within 0.01 seconds; the server:\n"
-            "received a@b -> one@x [First]\n"
-            "received z@x -> two@x [Zwölf]"
-        )
         inbox.clear()
-        with pytest.raises(
-            TimeoutError, match="nothing arrived from the clients that connected: 2"
-        ):
-            inbox.wait_for(1, timeout=0)
+        assert inbox.report() == "nothing arrived from the clients that connected: 2"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((inbox.host, inbox.port))
+
+
+def test_report() -> None:
+    with dsmtpd.capture(ignore=["missing-date", "missing-from"], fail=["NOOP * 450"]) as inbox:
+        assert inbox.report() == "nothing arrived, and no client connected"
+        with smtplib.SMTP(inbox.host, inbox.port) as client:
+            client.sendmail("a@b", ["c@d"], "Subject: Hi")
+            client.noop()
+        assert inbox.report() == (
+            "the server:\n"
+            "received a@b -> c@d [Hi]\n"
+            "  missing-message-id: no Message-ID field (RFC 5322 section 3.6.4)\n"
+            "refused NOOP: 450 4.0.0 Scripted failure"
+        )
+
+
+def test_wait_in_an_event_loop() -> None:
+    async def scenario() -> None:
+        sending = asyncio.create_task(asyncio.to_thread(send, inbox))
+        assert (await inbox.wait_async(to="c@d")).subject == "Hi"
+        await sending
+
+    with dsmtpd.capture() as inbox:
+        run(scenario)
 
 
 def test_capture_exceptions() -> None:
@@ -3753,6 +3779,9 @@ def test_unknown(smtpd): pass
 
 @pytest.mark.smtpd("starttls")
 def test_positional(smtpd): pass
+
+def test_that_fails(smtpd):
+    assert smtpd.messages
 """
 
 
@@ -3774,7 +3803,9 @@ def test_pytest_plugin_of_copied_file(tmp_path: Path) -> None:
     (tmp_path / "test_fixture.py").write_text(PYTEST_FILE)
     (tmp_path / "test_marker.py").write_text(MARKER_FILE)
     output = run_pytest(tmp_path)
-    assert "5 passed, 2 errors" in output, output
+    assert "1 failed, 5 passed, 2 errors" in output, output
+    assert "Captured smtpd call" in output
+    assert "nothing arrived, and no client connected" in output
     assert "TypeError: unknown option 'fial'; the options are interface, port" in output
     assert "TypeError: the options of the marker smtpd are keyword arguments" in output
     check = "import sys, dsmtpd; sys.exit('pytest' in sys.modules)"
