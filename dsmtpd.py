@@ -2949,8 +2949,7 @@ class Server:
 
     async def _stop_listening(self) -> None:
         """Close the listening sockets, after all clients that asyncio has accepted are served."""
-        sockets, self._sockets = self._sockets, []  # close() may be called again
-        for sock in sockets:
+        for sock in self._sockets:
             with contextlib.suppress(NotImplementedError):  # on Windows
                 asyncio.get_running_loop().remove_reader(sock)  # asyncio accepts no more
         for _ in range(ACCEPT_ITERATIONS):
