@@ -3049,17 +3049,8 @@ def pytest_configure(config: Any) -> None:
 
 # --- Command line ---------------------------------------------------------------------
 
-# Seconds that the end of the program waits for an output that nobody reads.
-OUTPUT_TIMEOUT = 2.0
-
-# Octets of messages that may wait for an output.
-MAX_WAITING_OUTPUT = 64 * 1024 * 1024
-
 # Characters of each part of a message that --print shows.
 MAX_PRINTED_LENGTH = 100_000
-
-# Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
-KILL_TIMEOUT = 5.0
 
 
 _HELP = f"""\
@@ -3075,8 +3066,7 @@ listening and storing:
 
 looking at messages:
   --print                  Print each message.
-  --html DIR               Write each message as a page into this directory,
-                           for a web browser.
+  --html DIR               Write each message as a page for a browser into DIR.
   --json                   Print each event as one line of JSON.
   -o, --output FILE        Append the output of --print or --json to this file.
   -v, --verbose            Log each session as C: and S: lines.
@@ -3098,14 +3088,12 @@ SMTP:
   --tls MODE               Use TLS 1.2 or newer. MODE is starttls to offer
                            STARTTLS, required to reject clients without it, or
                            implicit to start with TLS.
-  --cert PEM               Use this certificate (a temporary one for
-                           localhost).
+  --cert PEM               Use this certificate (a temporary one for localhost).
   --key PEM                Use this private key (the one in the --cert file).
   --auth USER:PASSWORD     Require this login; repeatable. Without it, any
                            login succeeds.
   -s, --max-size BYTES     Reject larger messages ({Config.max_size}); 0 means no limit.
-  --without KEYWORD        Do not offer this extension, such as CHUNKING;
-                           repeatable.
+  --without KEYWORD        Do not offer this extension; repeatable.
   --disable-smtputf8       The same as --without SMTPUTF8.
 
 other:
@@ -3217,11 +3205,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
     # asyncio warns of each write to a client that has disconnected.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    log.setLevel(logging.WARNING if args.quiet else logging.INFO)
-    if args.verbose:
-        log.setLevel(logging.DEBUG)
+    level = logging.WARNING if args.quiet else logging.INFO
+    log.setLevel(logging.DEBUG if args.verbose else level)
     # A zipapp ignores what main() returns.
     sys.exit(asyncio.run(_Program(args).run()))
+
+
+# Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
+KILL_TIMEOUT = 5.0
 
 
 class _Program:
@@ -3269,8 +3260,7 @@ class _Program:
             with contextlib.suppress(RuntimeError):  # the event loop has ended
                 asyncio.get_running_loop().call_soon_threadsafe(self._stop.set)
         elif signal.Signals(number).name in ("SIGTERM", "SIGHUP"):
-            _send_signal(self._command, number)
-        # The terminal sends Ctrl-C to the command as well.
+            _send_signal(self._command, number)  # Ctrl-C comes from the terminal
 
     def _make_server(self) -> Server:
         handler = _load_handler(self._args.handler) if self._args.handler else None
@@ -3364,10 +3354,9 @@ class _Program:
         return await asyncio.to_thread(command.wait) or -signal.SIGTERM  # servers end with 0
 
     async def _close(self, server: Server) -> None:
-        # A test run does not wait for its handler forever; who sends a signal can send another.
+        quit_timeout = 0.0 if self._signal else STOP_TIMEOUT  # for the client of the last message
+        # After a signal, a second one ends the program if the handler does not return.
         timeout = HANDLER_TIMEOUT if self._args.handler and not self._signal else None
-        is_complete = self._args.expect is not None and self._received >= self._args.expect
-        quit_timeout = STOP_TIMEOUT if is_complete else 0.0  # for the client of the last message
         closing = asyncio.ensure_future(server.close(quit_timeout))
         await asyncio.wait([closing], timeout=timeout)
         for output in (self._text, self._pages):
@@ -3388,10 +3377,7 @@ class _Program:
         is_met = self._received == 0 if expected == 0 else self._received >= expected
         if is_met and not self._rejected:
             return 0
-        text = (
-            "Expected messages: %d, arrived: %d, rejected by --strict: %d,"
-            " refused commands and messages: %d"
-        )
+        text = "Expected messages: %d, arrived: %d, rejected by --strict: %d, refused commands: %d"
         if not self._received and not self._refused:
             text += "; the fixture smtpd and Django's test backend do not send to this server"
         log.error(text, expected, self._received, self._rejected, self._refused)
@@ -3445,8 +3431,7 @@ def _send_signal(command: subprocess.Popen[bytes], number: int) -> None:
 _LISTEN_ERRORS = {
     errno.EADDRINUSE: "the port is in use; use another one, or -p 0 for any free port",
     errno.EADDRNOTAVAIL: "this machine does not have that address",
-    errno.EACCES: "ports below 1024 are reserved for root; use -p 1025, or systemd with"
-    " contrib/dsmtpd.socket",
+    errno.EACCES: "ports below 1024 are reserved for root; use -p 1025 or contrib/dsmtpd.socket",
 }
 
 
@@ -3479,6 +3464,13 @@ def _load_handler(name: str) -> Handler:
     if not callable(handler):
         raise ValueError(f"--handler {name}: must be MODULE:CALLABLE, such as my_file:my_function")
     return handler
+
+
+# Seconds that the end of the program waits for an output that nobody reads.
+OUTPUT_TIMEOUT = 2.0
+
+# Octets of messages that may wait for an output.
+MAX_WAITING_OUTPUT = 64 * 1024 * 1024
 
 
 class _Output:
