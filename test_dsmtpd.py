@@ -12,6 +12,7 @@ import email.policy
 import email.utils
 import functools
 import html.parser
+import io
 import json
 import logging
 import mailbox
