@@ -171,7 +171,7 @@ class Config:
         object.__setattr__(self, "without", tuple(word.upper() for word in self.without))
         _check_choices("without", self.without, EXTENSIONS)
         _check_choices("ignore", self.ignore, WARNINGS)
-        _check_choices("tls", filter(None, [self.tls]), TLS_MODES)
+        _check_choices("tls", [] if self.tls is None else [self.tls], TLS_MODES)
         Rules(self.fail)  # raises ValueError for an invalid one
         self._check_numbers()
         self._check_combinations()
@@ -269,11 +269,6 @@ class Reply:
         words = [str(self.code), self.status, *self.text.split("\n")]
         return " ".join(filter(None, words))
 
-    @property
-    def closes_connection(self) -> bool:
-        """Whether the server closes the connection after it (RFC 5321 section 3.8)."""
-        return self.code in (221, 421)
-
 
 DELIVERY_FAILED = Reply(451, "4.3.0", "Cannot accept the message, try again later")
 
@@ -288,7 +283,7 @@ class SMTPError(Exception):
     reply = DELIVERY_FAILED  # for a subclass that does not call __init__()
 
     def __init__(self, code: int, status: str, text: str) -> None:
-        status_pattern = rf"{code // 100}(\.\d{{1,3}}){{2}}"
+        status_pattern = rf"{code // 100}(\.[0-9]{{1,3}}){{2}}"
         if code // 100 not in (4, 5) or not re.fullmatch(status_pattern, status):
             raise ValueError(f"not an error code with its enhanced status code: {code} {status}")
         super().__init__(code, status, text)
@@ -373,8 +368,8 @@ MAX_COMMAND_LENGTH = 12_288
 # Recipients of one message. RFC 5321 section 4.5.3.1.8 requires 100; Postfix accepts 1000.
 MAX_RECIPIENTS = 1000
 
-# 5xx replies in a row before the connection is closed; those of failure rules do not count. The
-# value is the default of smtpd_hard_error_limit in Postfix.
+# 5xx replies to commands in a row before the connection is closed; those of failure rules and
+# handlers do not count. The value is the default of smtpd_hard_error_limit in Postfix.
 MAX_ERRORS = 20
 
 # The content type and the version of a TLS record with a ClientHello (RFC 8446 section 5.1)
@@ -402,12 +397,11 @@ class Transaction:
     """The content so far; None before the first BDAT."""
 
 
+@dataclass
 class ScriptedError(Exception):
     """Raised where a failure rule refuses a command or a message."""
 
-    def __init__(self, rule: Rule) -> None:
-        super().__init__(rule.text)
-        self.rule = rule
+    rule: Rule
 
 
 class Session:
@@ -437,6 +431,7 @@ class Session:
         self._rules = Rules(config.fail) if rules is None else rules
         self._log = SessionLog(peer, on_refusal)
         self._input = Input()
+        self._max_size = config.max_size or float("inf")
         self._line_end = b"\r\n"  # the line end of the last command
         self._is_greeted = False  # False after a rule has refused the client
         self._errors = 0  # 5xx replies in a row
@@ -450,7 +445,7 @@ class Session:
         The caller performs each action before it asks for the next one. The first call, with
         no data, yields the greeting. now is the time for the envelopes, as from time.time().
         """
-        self._input.feed(data)
+        self._input += data
         self._now = now
         for action in self._dialogue:
             if action is None:
@@ -462,7 +457,7 @@ class Session:
             yield action
 
     def end(self, reply: Reply | None = None) -> bytes:
-        """Log how the connection ends, and return what is sent at last.
+        """Log the end of the connection, and return the last bytes to send.
 
         reply is the last one, unless the dialogue or the client has ended the connection.
         """
@@ -470,8 +465,6 @@ class Session:
             reply = self._as_sent(reply)
             self._log.sent(reply)
             return reply.encoded
-        if not self.ended:
-            self._log.disconnected()
         if self.config.tls is None:
             self._log.hint_at_tls()
         return b""
@@ -482,7 +475,7 @@ class Session:
         self._log.answer(reply, self._now)
         if reply.code < 400:
             self._errors = 0
-        self.ended = reply.closes_connection
+        self.ended = reply.code in (221, 421)  # RFC 5321 section 3.8
         return reply
 
     def _as_sent(self, reply: Reply) -> Reply:
@@ -494,7 +487,9 @@ class Session:
 
     def _converse(self) -> Dialogue[None]:
         yield from self._reply_with(self._greet())
-        if (yield from self._input.starts_with(_TLS_HANDSHAKE)):
+        while not self._input:
+            yield None
+        if self._input.startswith(_TLS_HANDSHAKE):
             hint = "use --tls implicit, or STARTTLS in the client"
             log.warning("%s: TLS on a plain connection; %s", self.peer, hint)
             yield Close()
@@ -519,9 +514,7 @@ class Session:
             yield error.reply if self._errors <= MAX_ERRORS else TOO_MANY_ERRORS
 
     def _greet(self) -> Dialogue[Reply]:
-        address = self.peer.rpartition(":")[0].strip("[]")
-        self._log.connect(address)
-        yield from self._apply_rules("CONNECT", lambda: address)
+        yield from self._apply_rules("CONNECT", lambda: client_address(self.peer))
         self._is_greeted = True
         return GREETING
 
@@ -549,7 +542,9 @@ class Session:
         is_disabled = command.extension and command.extension not in self.config.extensions
         if command.method is None or is_disabled:
             raise SMTPError(502, "5.5.1", "Command not implemented")
-        if verb != "BDAT":  # it does this when it knows how many octets follow
+        if verb != "BDAT":  # octets follow it, which it discards if it is not permitted
+            if "PIPELINING" not in self.config.extensions:
+                self._warn_if_pipelined(f"the reply to {verb}")
             yield from self._permit(verb, argument)
         reply = command.method(self, argument)
         return reply if isinstance(reply, Reply) else (yield from reply)
@@ -557,8 +552,6 @@ class Session:
     def _permit(self, verb: str, argument: str) -> Dialogue[None]:
         """Apply the failure rules, and check what the table of commands says."""
         yield from self._apply_rules(verb, lambda: rule_text(argument))
-        if "PIPELINING" not in self.config.extensions:
-            self._warn_if_pipelined(f"the reply to {verb}")
         command = COMMANDS[verb]
         if self.config.tls == "required" and not self.tls and not command.before_tls:
             raise SMTPError(530, "5.7.0", "Must issue a STARTTLS command first")
@@ -589,7 +582,7 @@ class Session:
 
     def _warn_if_pipelined(self, reply: str) -> None:
         """Warn if data arrived before a reply that the client must wait for."""
-        if not self._input.is_empty:
+        if self._input:
             self._warn(warning("early-talker", reply))
 
     # Commands: one method for each verb, which returns the reply or raises SMTPError. Those that
@@ -711,10 +704,6 @@ class Session:
             raise SMTPError(503, "5.5.1", "Send MAIL and RCPT first")
         return self.transaction
 
-    @property
-    def _max_size(self) -> float:
-        return self.config.max_size or float("inf")
-
     def _rset(self, argument: str) -> Reply:
         self.transaction = None
         return OK
@@ -820,7 +809,7 @@ class Session:
             received=datetime.fromtimestamp(self._now, timezone.utc),
             warnings=self._message_warnings(transaction, content),
         )
-        self._log.message(envelope)
+        self._log.message = envelope
         yield from self._apply_rules(".", lambda: envelope.subject)
         self._require_acceptable(envelope)
         delivery = Deliver(envelope)
@@ -902,61 +891,39 @@ COMMANDS = {
 IMPLEMENTED_VERBS = [verb for verb, command in COMMANDS.items() if command.method is not None]
 
 
-class Input:
-    """What the client has sent and the session has not read: lines, octets, content.
+class Input(bytearray):
+    """The bytes of the client that are not read yet: lines, octets, content.
 
-    The methods that read are parts of a dialogue: they yield None to wait for more input.
+    The methods are parts of a dialogue: they yield None to wait for more bytes.
     """
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> None:
-        """Add bytes from the client."""
-        self._buffer += data
-
-    def clear(self) -> None:
-        """Discard everything that has arrived."""
-        self._buffer.clear()
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing has arrived that is not read yet."""
-        return not self._buffer
-
-    def starts_with(self, octets: bytes) -> Dialogue[bool]:
-        """Return whether the input starts with these octets, as soon as that is certain."""
-        while len(self._buffer) < len(octets) and octets.startswith(bytes(self._buffer)):
-            yield None
-        return self._buffer.startswith(octets)
 
     def line(self) -> Dialogue[bytearray]:
         """Read a line with its line end; a bare LF is one, so that a person can use netcat.
 
-        Of a line over MAX_COMMAND_LENGTH, the start and the end are returned, which together
-        are over that length.
+        A longer line than MAX_COMMAND_LENGTH is returned without its middle; the result is still
+        longer than that.
         """
-        end = self._buffer.find(b"\n")
+        end = self.find(b"\n")
         while end < 0:
-            del self._buffer[MAX_COMMAND_LENGTH:]
-            searched = len(self._buffer)
+            del self[MAX_COMMAND_LENGTH:]
+            searched = len(self)
             yield None
-            end = self._buffer.find(b"\n", searched)
+            end = self.find(b"\n", searched)
         return self._take(end + 1)
 
     def octets(self, count: int) -> Dialogue[bytearray]:
         """Read this many octets."""
-        while len(self._buffer) < count:
+        while len(self) < count:
             yield None
         return self._take(count)
 
     def discard(self, count: int) -> Dialogue[None]:
         """Read this many octets, and discard them."""
-        while len(self._buffer) < count:
-            count -= len(self._buffer)
-            self._buffer.clear()
+        while len(self) < count:
+            count -= len(self)
+            self.clear()
             yield None
-        del self._buffer[:count]
+        del self[:count]
 
     def content(self, line_end: bytes, max_size: float) -> Dialogue[bytes | None]:
         """Read up to the line with a single dot, and undo dot-stuffing (RFC 5321 section 4.5.2).
@@ -965,29 +932,28 @@ class Input:
         of CR, LF and dots can end the message (SMTP smuggling). Returns None for content of over
         max_size octets, which is not kept.
         """
-        buffer = self._buffer
-        buffer[:0] = line_end  # so that each line follows a line end, the first that of DATA
+        self[:0] = line_end  # so that each line follows a line end, the first that of DATA
         terminator = line_end + b"." + line_end
         searched = 0
         is_too_large = False
-        while (end := buffer.find(terminator, searched)) < 0:
-            searched = max(len(buffer) - len(terminator) + 1, 0)
-            # Each stuffed dot stands beside a line end, so stuffing adds at most a half.
+        while (end := self.find(terminator, searched)) < 0:
+            searched = max(len(self) - len(terminator) + 1, 0)
+            # The shortest line that is stuffed has two octets, so stuffing adds at most a half.
             is_too_large = is_too_large or searched > 1.5 * max_size + len(line_end)
             if is_too_large:
-                del buffer[:searched]
+                del self[:searched]
                 searched = 0
             yield None
         content = self._take(end + len(line_end))
-        del buffer[: len(b"." + line_end)]
+        del self[: len(b"." + line_end)]
         if b"." in content:  # base64 has none
             content = content.replace(line_end + b".", line_end)
         del content[: len(line_end)]
         return None if is_too_large or len(content) > max_size else bytes(content)
 
     def _take(self, count: int) -> bytearray:
-        taken = self._buffer[:count]
-        del self._buffer[:count]
+        taken = self[:count]
+        del self[:count]
         return taken
 
 
@@ -999,14 +965,11 @@ class SessionLog:
         """What the log says about the refusal of the last command, after the reply."""
         self._peer = peer
         self._on_refusal = on_refusal
-        self._command = ""  # the last command line, or CONNECT and the address of the client
-        self._message: Envelope | None = None  # the message that waits for its reply
+        self.message: Envelope | None = None
+        """The message that waits for its reply."""
+        self._command = f"CONNECT {client_address(peer)}"  # the last command line
         self._verbs: set[str] = set()  # of all commands; "" for an unknown one
         self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
-
-    def connect(self, address: str) -> None:
-        """The client has connected."""
-        self._command = f"CONNECT {address}"
 
     def command(self, line: str, verb: str = "") -> None:
         """The client has sent a command line; verb is its first word in upper case."""
@@ -1022,10 +985,6 @@ class SessionLog:
         """The client has sent a line of an authentication exchange."""
         log.debug("%s C: ***", self._peer)
 
-    def message(self, envelope: Envelope) -> None:
-        """The client has sent a message: the next reply is about it."""
-        self._message = envelope
-
     def sent(self, reply: Reply) -> None:
         """The server sends a reply."""
         if log.isEnabledFor(logging.DEBUG):
@@ -1037,11 +996,11 @@ class SessionLog:
         self.sent(reply)
         if reply.code >= 400:
             self._refuse(reply, datetime.fromtimestamp(now, timezone.utc))
-        self._message = None
+        self.message = None
 
     def _refuse(self, reply: Reply, time: datetime) -> None:
-        if self._message is not None:
-            verb, argument = ".", self._message.summary()
+        if self.message is not None:
+            verb, argument = ".", self.message.summary()
         else:
             line = self._masked(self._command)
             verb, _, argument = line.partition(" ")
@@ -1068,12 +1027,6 @@ class SessionLog:
         if self._auth_seen and words and words[0].upper() not in COMMANDS:
             return "***"
         return escape_unprintable(line)
-
-    def disconnected(self) -> None:
-        """The client has closed the connection without QUIT."""
-        if self._message is not None:
-            summary = self._message.summary()
-            log.warning("%s: Disconnected before the reply to %s", self._peer, summary)
 
     def hint_at_tls(self) -> None:
         """Say why a client may have left a server without TLS after it had read what it offers."""
@@ -1143,7 +1096,7 @@ _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
 _PRINTABLE_XTEXT = r"(?:[!-*,-<>-~]|\+(?:[2-6][0-9A-F]|7[0-9A-E]))+"
 
 # RFC 6533 section 3: utf-8-addr-xtext / utf-8-addr-unitext
-_UTF8_ADDRESS = r"(?:[!-*,-<>-\[\]-~]|\\x\{[0-9A-F]{2,6}\}|[^\x00-\x9f\u2028\u2029])+"
+_UTF8_ADDRESS = r"(?:[!-*,-<>-\[\]-~]|\\x\{[0-9A-F]{2,6}\}|[^\x00-\x9f\u2028\u2029\ud800-\udfff])+"
 
 # {keyword: (extension, regular expression for what follows the keyword)}
 Parameters = Mapping[str, tuple[str, str]]
@@ -2363,7 +2316,7 @@ def trace_header(envelope: Envelope, key: str) -> bytes:
     """
     helo = _UNSAFE_IN_RECEIVED.sub("?", envelope.helo[:255])
     address = envelope.peer.rpartition(":")[0]
-    date = format_datetime(envelope.received.replace(microsecond=0))
+    date = format_datetime(envelope.received)
     header = [
         f"Return-Path: <{envelope.mail_from}>",  # RFC 5321 section 4.4
         f"X-Peer: {envelope.peer}",
@@ -2589,9 +2542,8 @@ class Connection:
         self._tls_context = tls_context
         self._unsent = bytearray()  # replies that are not written yet
         self._action: Action | None = None  # the action in progress
-        self._interrupted = False
         self._is_closing = False
-        self._last_reply: Reply | None = None  # of the server, when it ends the session
+        self._last_reply: Reply | None = None  # if the server ends the session
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
         self.last_activity = self._loop.time()
@@ -2604,7 +2556,7 @@ class Connection:
             await self._run_session()
         except asyncio.CancelledError:
             # It is not raised again: the task ends here in any case.
-            if not self._interrupted:  # the event loop ends
+            if self._last_reply is None:  # the event loop ends
                 self._writer.transport.abort()
         except OSError as error:
             log.debug("%s: %s", self._session.peer, error)
@@ -2615,7 +2567,6 @@ class Connection:
 
     def interrupt(self, reply: Reply) -> None:
         """End the session with this reply; a delivery in progress is finished first."""
-        self._interrupted = True
         self._last_reply = reply
         if isinstance(self._action, Deliver):
             summary = self._action.envelope.summary()
@@ -2635,7 +2586,7 @@ class Connection:
         data = b""  # the first call of receive() yields the greeting
         while True:
             await self._process(data)
-            if self._session.ended or self._interrupted:
+            if self._session.ended or self._last_reply is not None:
                 return
             data = await self._reader.read(READ_SIZE)
             if not data:
@@ -2650,7 +2601,7 @@ class Connection:
                 await self._perform(action)
                 continue
             self._unsent += action.encoded
-            if self._interrupted:  # during a delivery
+            if self._last_reply is not None:  # interrupted during a delivery
                 return
             if len(self._unsent) >= WRITE_SIZE:
                 await self._flush()
@@ -2779,6 +2730,11 @@ def _handshake_failure(error: OSError) -> str:
     return reason
 
 
+def client_address(peer: str) -> str:
+    """Return the address in what format_address() returns, without brackets."""
+    return peer.rpartition(":")[0].strip("[]")
+
+
 def format_address(sockname: Any) -> str:
     """Return the name of a socket as ADDRESS:PORT, with brackets around an IPv6 address.
 
@@ -2857,6 +2813,7 @@ class Server:
         self._cleanup = contextlib.ExitStack()  # removes the certificate, ends the thread
         self._max_connections = _max_connections()
         self._connections: dict[asyncio.Task[None], Connection] = {}
+        self._is_closing = False
         self._closed = asyncio.Event()
 
     async def start(self, sockets: list[socket.socket] | None = None) -> None:
@@ -2926,10 +2883,12 @@ class Server:
         """Stop listening, send 421 to the clients, and wait for deliveries in progress.
 
         Before that, the clients that were active in the last quit_timeout seconds have as much
-        time to send QUIT. Closing a server again has no effect.
+        time to send QUIT. An async handler must not wait for it.
         """
-        if self._closed.is_set():
+        if self._is_closing:
+            await self._closed.wait()
             return
+        self._is_closing = True
         loop = asyncio.get_running_loop()
         recently = loop.time() - quit_timeout
         await _wait(
@@ -3037,8 +2996,10 @@ async def _wait(futures: Iterable[asyncio.Future[Any]], timeout: float) -> None:
     loop = asyncio.get_running_loop()
     timer = threading.Timer(timeout, loop.call_soon_threadsafe, [waiting.cancel])
     timer.start()
-    await asyncio.wait([waiting])
-    timer.cancel()
+    try:
+        await asyncio.wait([waiting])
+    finally:
+        timer.cancel()
 
 
 def _max_connections() -> int:
