@@ -3505,7 +3505,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.config = Config(**{item.name: options[item.name] for item in fields(Config)})
     except ValueError as error:
         parser.error(str(error))
-    if unknown:  # after a rule without quotes, which is the reason then
+    if unknown:  # checked last: the error about a rule without quotes says more
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; a command goes after --")
     return args
 
