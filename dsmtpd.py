@@ -3463,13 +3463,21 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--cert")
     add("--key")
     add("--auth", type=_credentials, action="append", default=[])
-    add("-s", "--max-size", type=int, default=Config.max_size)
+    add("-s", "--max-size", type=_size, default=Config.max_size)
     add("--without", action="append", default=[])
     add("--disable-smtputf8", dest="smtputf8", action="store_false")
     add("--handler")
     add("--reuse-port", action="store_true")
     add("--version", action="version", version=f"dsmtpd {__version__}")
     return parser
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"must be a number of bytes, such as {Config.max_size}, not {text}"
+        )
+    return int(text)
 
 
 def _credentials(text: str) -> tuple[str, str]:
@@ -3547,11 +3555,14 @@ class _Program:
     async def run(self) -> int:
         """Run until the program is stopped; return the exit status."""
         _handle_signals(self._on_signal)
+        _tick(asyncio.get_running_loop())
         with self._cleanup:
             try:
                 server = self._make_server()
                 await self._start(server)
             except (OSError, RuntimeError, ValueError, mailbox.Error) as error:
+                if self._signal:  # it may be the reason: the terminal interrupts openssl as well
+                    return self._interrupted_status
                 log.error("Cannot start: %s", error)
                 return 2
             await self._log_start(server)
@@ -3575,6 +3586,11 @@ class _Program:
         elif signal.Signals(number).name in ("SIGTERM", "SIGHUP"):
             _send_signal(self._command, number)  # Ctrl-C comes from the terminal
 
+    @property
+    def _interrupted_status(self) -> int:
+        """The exit status after a signal: a command that has not run has not succeeded."""
+        return 128 + self._signal if self._args.command else 0
+
     def _make_server(self) -> Server:
         handler = _load_handler(self._args.handler) if self._args.handler else None
         config = self._args.config
@@ -3596,6 +3612,8 @@ class _Program:
     def _open_outputs(self) -> None:
         if self._args.print or self._args.json:
             path = self._args.output
+            if path is None and sys.stdout is None:
+                raise OSError("standard output is closed")
             # It has no buffer, and so no lock: at its end, Python would wait for a thread that
             # is writing to sys.stdout.
             file = io.FileIO(path or sys.stdout.fileno(), "a", closefd=bool(path))
@@ -3628,7 +3646,7 @@ class _Program:
     async def _run_command(self, server: Server) -> int:
         """Run the command; return its exit status as a shell does."""
         if self._signal:
-            return 128 + self._signal
+            return self._interrupted_status
         if hasattr(signal, "SIGCHLD"):
             # If the parent process ignores it, the exit status of the command would be lost.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -3734,6 +3752,11 @@ def _handle_signals(handler: Callable[[int, object], object] | signal.Handlers) 
         # What the parent process ignores stays ignored; nohup does that for SIGHUP.
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def _tick(loop: asyncio.AbstractEventLoop) -> None:
+    """Wake the event loop regularly: a signal just before it waits is handled at its next event."""
+    loop.call_later(0.5, _tick, loop)
 
 
 def _send_signal(command: subprocess.Popen[bytes], number: int) -> None:
