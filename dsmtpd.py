@@ -39,12 +39,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import binascii
 import codecs
 import concurrent.futures
 import contextlib
 import email
-import email.header
-import email.message
 import errno
 import html
 import importlib
@@ -65,26 +64,22 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+import unicodedata
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import format_datetime
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
+from html.entities import html5
+from itertools import count, groupby, islice
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 if TYPE_CHECKING:
+    import email.message
     import email.policy
 
     from typing_extensions import TypedDict, Unpack  # never imported at run time
@@ -127,83 +122,78 @@ class Config:
 
     Raises TypeError or ValueError for an invalid value; the text names the option and what
     it accepts.
+
+    interface: address or host name to listen on; a name means all of its addresses.
+    port: TCP port; 0 selects a free one.
+    directory: Maildir to store messages in. None means the current directory, or that messages
+        are not stored if the server has a handler.
+    max_size: maximum size of a message in octets (RFC 1870); 0 means no limit.
+    smtputf8: whether the SMTPUTF8 extension (RFC 6531) is offered.
+    without: keywords of the EHLO reply that are not offered, such as "CHUNKING".
+    tls: None for no TLS, "starttls" (RFC 3207), "required" for STARTTLS before anything else,
+        or "implicit" (RFC 8314).
+    cert: PEM file of the certificate; None creates a temporary one for localhost.
+    key: PEM file of the private key; None if the file of the certificate contains it.
+    auth: {user: password} of the users who may log in. Sending then requires a login (RFC 4954
+        section 6). If it is empty, every login succeeds and none is required.
+    fail: failure rules in the syntax of parse_rule(); the first rule that matches applies.
+    strict: whether to reject messages that lint() warns about.
+    ignore: names of warnings that are not given.
+    reuse_port: whether several servers may listen on the same port and share its clients.
     """
 
     interface: str = "127.0.0.1"
-    """Address or host name to listen on; a name means all of its addresses."""
     port: int = 1025
-    """TCP port; 0 selects a free one."""
     directory: str | os.PathLike[str] | None = None
-    """Maildir to store messages in. None means the current directory, or that messages are not
-    stored if the server has a handler."""
     max_size: int = 33_554_432
-    """Maximum size of a message in octets (RFC 1870); 0 means no limit."""
     smtputf8: bool = True
-    """Whether the SMTPUTF8 extension (RFC 6531) is offered."""
     without: Sequence[str] = ()
-    """Keywords of the EHLO reply that are not offered, such as "CHUNKING"."""
     tls: str | None = None
-    """None for no TLS, "starttls" (RFC 3207), "required" for STARTTLS before anything else, or
-    "implicit" (RFC 8314)."""
     cert: str | os.PathLike[str] | None = None
-    """PEM file of the certificate; None creates a temporary one for localhost."""
     key: str | os.PathLike[str] | None = None
-    """PEM file of the private key; None if the file of the certificate contains it."""
     auth: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
-    """{user: password} of the users who may log in. Sending then requires a login (RFC 4954
-    section 6). If it is empty, every login succeeds and none is required."""
     fail: Sequence[str] = ()
-    """Failure rules in the syntax of parse_rule(); the first rule that matches applies."""
     strict: bool = False
-    """Whether to reject messages that lint() warns about."""
     ignore: Sequence[str] = ()
-    """Names of warnings that are not given."""
     reuse_port: bool = False
-    """Whether several servers may listen on the same port and share its clients."""
 
     def __post_init__(self) -> None:
-        self._check_lists()
-        object.__setattr__(self, "fail", tuple(self.fail))  # a Config is hashable
-        object.__setattr__(self, "ignore", tuple(self.ignore))
-        object.__setattr__(self, "without", tuple(word.upper() for word in self.without))
-        if not self.interface.strip():
-            raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
-        if not isinstance(self.port, int) or not 0 <= self.port <= 65_535:
-            raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port!r}")
-        if not isinstance(self.max_size, int) or self.max_size < 0:
-            text = "must be a number of bytes, such as 33554432, or 0 for no limit"
-            raise ValueError(f"max-size: {text}, not {self.max_size!r}")
-        if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
-            raise ValueError("reuse-port: this system cannot share a port")
-        for word in self.without:
-            if word not in EXTENSIONS:
-                raise ValueError(f"without: must be one of {', '.join(EXTENSIONS)}, not {word}")
-        for name in self.ignore:
-            if name not in WARNINGS:
-                raise ValueError(f"ignore: must be one of {', '.join(WARNINGS)}, not {name}")
-        self._check_tls()
-        if self.auth and "AUTH" in self.without:
-            raise ValueError("without: auth needs AUTH")
-
-    def _check_lists(self) -> None:
-        """Refuse what would be misunderstood: a string is also a sequence of strings."""
         for name, value in (
             ("fail", self.fail),
             ("ignore", self.ignore),
             ("without", self.without),
         ):
-            if isinstance(value, str):
+            if isinstance(value, str):  # it would be a sequence of letters
                 raise TypeError(f"{name}: must be a list of strings, not {value!r}")
         if not isinstance(self.auth, Mapping):
             raise TypeError("auth: must be a dictionary {user: password}")
+        object.__setattr__(self, "fail", tuple(self.fail))  # a Config is hashable
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        object.__setattr__(self, "without", tuple(word.upper() for word in self.without))
+        _check_choices("without", self.without, EXTENSIONS)
+        _check_choices("ignore", self.ignore, WARNINGS)
+        _check_choices("tls", filter(None, [self.tls]), TLS_MODES)
+        self._check_numbers()
+        self._check_combinations()
 
-    def _check_tls(self) -> None:
-        if self.tls not in (None, *TLS_MODES):
-            raise ValueError(f"tls: must be one of {', '.join(TLS_MODES)}, not {self.tls}")
+    def _check_numbers(self) -> None:
+        if not isinstance(self.port, int) or not 0 <= self.port <= 65_535:
+            raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port!r}")
+        if not isinstance(self.max_size, int) or self.max_size < 0:
+            text = "must be a number of bytes, such as 33554432, or 0 for no limit"
+            raise ValueError(f"max-size: {text}, not {self.max_size!r}")
+
+    def _check_combinations(self) -> None:
+        if not self.interface.strip():
+            raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
+        if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+            raise ValueError("reuse-port: this system cannot share a port")
         if self.tls == "required" and "STARTTLS" in self.without:
             raise ValueError("without: tls=required needs STARTTLS")
+        if self.auth and "AUTH" in self.without:
+            raise ValueError("without: auth needs AUTH")
         if self.cert and not self.tls:
-            raise ValueError("cert: requires tls")
+            raise ValueError("cert: requires tls, such as starttls")
         if self.key and not self.cert:
             raise ValueError("key: requires cert")
 
@@ -212,6 +202,12 @@ class Config:
         """The keywords of EXTENSIONS that are not disabled."""
         disabled = {*self.without} if self.smtputf8 else {*self.without, "SMTPUTF8"}
         return [word for word in EXTENSIONS if word not in disabled]
+
+
+def _check_choices(name: str, words: Iterable[str], choices: Iterable[str]) -> None:
+    for word in words:
+        if word not in choices:
+            raise ValueError(f"{name}: must be one of {', '.join(choices)}, not {word}")
 
 
 if TYPE_CHECKING:
@@ -316,6 +312,25 @@ TOO_MANY_CONNECTIONS = Reply(421, "4.3.2", "Too many connections")
 SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down")
 TIMED_OUT = Reply(421, "4.4.2", "Idle timeout")
 TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A command or a message that was refused: its reply has a 4xx or 5xx code.
+
+    time: when it was refused, with a time zone.
+    peer: address and port of the client.
+    verb: CONNECT, a command in upper case, "." for a message, as in failure rules, or "" for a
+        line that does not begin with a word.
+    argument: The argument of the command, without secrets; sender, recipients and subject for
+        ".".
+    """
+
+    time: datetime
+    peer: str
+    verb: str
+    argument: str
+    reply: Reply
 
 
 # What a session asks its connection to do, apart from sending a Reply.
@@ -440,7 +455,11 @@ class Session:
         for action in self._dialogue:
             if action is None:
                 return
-            yield self._send(action) if isinstance(action, Reply) else action
+            if isinstance(action, Reply):
+                action = self._send(action)
+            elif isinstance(action, Close):
+                self.ended = True
+            yield action
 
     def end(self, reply: Reply | None = None) -> bytes:
         """Log how the connection ends, and return what is sent at last.
@@ -478,7 +497,7 @@ class Session:
         if (yield from self._input.starts_with(_TLS_HANDSHAKE)):
             hint = "use --tls implicit, or STARTTLS in the client"
             log.warning("%s: TLS on a plain connection; %s", self.peer, hint)
-            yield from self._close()
+            yield Close()
         while not self.ended:
             yield from self._reply_with(self._answer_command())
 
@@ -492,22 +511,17 @@ class Session:
             if refusal.rule.reply is not None:
                 yield refusal.rule.reply
             if refusal.rule.drop:
-                yield from self._close()
+                yield Close()
         except SMTPError as error:
             if error.reply.code >= 500:
                 self._errors += 1
             # RFC 5321 section 4.3.2
             yield error.reply if self._errors <= MAX_ERRORS else TOO_MANY_ERRORS
 
-    def _close(self) -> Dialogue[None]:
-        self.ended = True
-        yield Close()
-
     def _greet(self) -> Dialogue[Reply]:
         address = self.peer.rpartition(":")[0].strip("[]")
         self._log.connect(address)
         yield from self._apply_rules("CONNECT", lambda: address)
-        self._warn_if_pipelined("the greeting")
         self._is_greeted = True
         return GREETING
 
@@ -888,40 +902,6 @@ COMMANDS = {
 IMPLEMENTED_VERBS = [verb for verb, command in COMMANDS.items() if command.method is not None]
 
 
-# A SASL mechanism (RFC 4422): yields challenges, receives the decoded responses, and returns
-# user name and password. Raises ValueError for a malformed response.
-SASLExchange = Generator[str, bytes, tuple[bytes, bytes]]
-
-
-def _sasl_plain() -> SASLExchange:
-    """RFC 4616 section 2: message = [authzid] NUL authcid NUL passwd"""
-    response = yield ""
-    _, user, password = response.split(b"\0")
-    return user, password
-
-
-def _sasl_login() -> SASLExchange:
-    """The LOGIN mechanism, which no RFC specifies; the challenges are those of Postfix."""
-    user = yield "Username:"
-    password = yield "Password:"
-    return user, password
-
-
-def _sasl_xoauth2() -> SASLExchange:
-    """The XOAUTH2 mechanism of Gmail and Microsoft 365; the token takes the place of a password.
-
-    response = "user=" user %x01 "auth=Bearer " token %x01 %x01
-    """
-    response = yield ""
-    match = re.fullmatch(rb"user=([^\x01]*)\x01auth=Bearer ([^\x01]*)\x01\x01", response)
-    if match is None:
-        raise ValueError("not a response of XOAUTH2")
-    return match[1], match[2]
-
-
-SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login, "XOAUTH2": _sasl_xoauth2}
-
-
 class Input:
     """What the client has sent and the session has not read: lines, octets, content.
 
@@ -1009,22 +989,6 @@ class Input:
         taken = self._buffer[:count]
         del self._buffer[:count]
         return taken
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A command or a message that was refused: its reply has a 4xx or 5xx code."""
-
-    time: datetime
-    """When it was refused, with a time zone."""
-    peer: str
-    """Address and port of the client."""
-    verb: str
-    """CONNECT, a command in upper case, "." for a message, as in failure rules, or "" for a line
-    that does not begin with a word."""
-    argument: str
-    """The argument of the command, without secrets; sender, recipients and subject for "."."""
-    reply: Reply
 
 
 class SessionLog:
@@ -1246,16 +1210,51 @@ def _is_ipv6_address(text: str) -> bool:
     return True
 
 
+# A SASL mechanism (RFC 4422): yields challenges, receives the decoded responses, and returns
+# user name and password. Raises ValueError for a malformed response.
+SASLExchange = Generator[str, bytes, tuple[bytes, bytes]]
+
+
+def _sasl_plain() -> SASLExchange:
+    """RFC 4616 section 2: message = [authzid] NUL authcid NUL passwd"""
+    response = yield ""
+    _, user, password = response.split(b"\0")
+    return user, password
+
+
+def _sasl_login() -> SASLExchange:
+    """The LOGIN mechanism, which no RFC specifies; the challenges are those of Postfix."""
+    user = yield "Username:"
+    password = yield "Password:"
+    return user, password
+
+
+def _sasl_xoauth2() -> SASLExchange:
+    """The XOAUTH2 mechanism of Gmail and Microsoft 365; the token takes the place of a password.
+
+    response = "user=" user %x01 "auth=Bearer " token %x01 %x01
+    """
+    response = yield ""
+    match = re.fullmatch(rb"user=([^\x01]*)\x01auth=Bearer ([^\x01]*)\x01\x01", response)
+    if match is None:
+        raise ValueError("not a response of XOAUTH2")
+    return match[1], match[2]
+
+
+SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login, "XOAUTH2": _sasl_xoauth2}
+
+
 # --- Text for the log ------------------------------------------------------------------
 
 
+# C0 but tabs, C1, bidirectional embeddings, overrides and isolates, and surrogates. All others are
+# text, such as the spaces, direction marks and joiners of any script.
+_CONTROLS = re.compile("[\x00-\x08\n-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def escape_unprintable(text: str) -> str:
-    """Return the text with control characters escaped, so that it is one line of a log."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+    """Return the text as one line, with what a terminal would interpret escaped."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 # --- Failure rules --------------------------------------------------------------------
@@ -1386,28 +1385,25 @@ class Rules:
 
 # --- Messages -------------------------------------------------------------------------
 
-# Octets of the content in which the Subject field is searched.
-SUBJECT_SEARCH_SIZE = 65_536
+# Octets of a header field that are decoded; most servers accept fewer in a whole header.
+MAX_FIELD_SIZE = 65_536
 
-# Characters of a MIME header field that are parsed; the parser is slow for long ones.
-MAX_MIME_FIELD_LENGTH = 500
-
-# Characters of adjacent encoded-words that are decoded; the decoder is slow for long ones.
-MAX_ENCODED_LENGTH = 4096
+# Parts of a message that are decoded; those after them are only in the content.
+MAX_PARTS = 10_000
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """A part of a message that is not its text, such as a file or an image."""
+    """A part of a message that is neither its text nor its HTML, such as a file."""
 
     name: str
     """The file name, or ""."""
     type: str
-    """The media type, such as "application/pdf"."""
+    """The media type in lower case, such as "application/pdf"."""
     content: bytes
-    """The decoded content."""
+    """The content as sent; only its transfer encoding is undone."""
     content_id: str = ""
-    """The Content-ID without angle brackets (RFC 2392), or ""."""
+    """The Content-ID without angle brackets, to which "cid:" URLs refer; or ""."""
 
 
 @dataclass(frozen=True)
@@ -1441,59 +1437,79 @@ class Envelope:
     path: Path | None = None
     """The file in the Maildir, if the message is stored."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: the fields, without what has been decoded."""
+        return {item.name: vars(self)[item.name] for item in fields(self)}
+
     @cached_property
     def email(self) -> email.message.EmailMessage:
-        """The parsed content. Header fields that do not parse are their text as sent."""
-        import email.parser
+        """What email.message_from_bytes() returns for the content with email.policy.default."""
+        import email.policy  # only for this, because it imports most of the email package
 
-        parser = email.parser.BytesParser(policy=_lenient_policy())
-        try:
-            message = parser.parsebytes(self.content)
-        except RecursionError:  # parts nested too deeply: do not parse the body
-            message = parser.parsebytes(self.content, headersonly=True)
-        assert isinstance(message, email.message.EmailMessage)
-        return message
+        return email.message_from_bytes(self.content, policy=email.policy.default)
 
     def header(self, name: str) -> str:
-        """Return the text of the first header field with this name; "" if there is none."""
-        return str(self.email.get(name, ""))
+        """Return the text of the first header field with this name; "" if there is none.
+
+        It is the text as sent, except that folding is undone (RFC 5322 section 2.2.3) and
+        encoded-words are decoded (RFC 2047).
+        """
+        return decode_words(next(find_fields(header_section(self.content), name), ""))
 
     @cached_property
     def subject(self) -> str:
-        """The decoded Subject field as one line; "" if there is none."""
-        match = re.match(_SUBJECT_FIELD, self.content[:SUBJECT_SEARCH_SIZE])
-        body = match["body"].decode("utf-8", "replace") if match else ""
-        return _one_line(re.sub(_ENCODED_WORDS, _decode_words, " ".join(body.split())))
+        """The text of the Subject field; "" if there is none. See header()."""
+        return self.header("Subject")
 
     @cached_property
     def text(self) -> str:
-        """The first text/plain part that is not an attachment, decoded; "" if there is none."""
-        return _decode_first_part(self.email, "text/plain")
+        """The first text/plain part that is not a file, decoded; "" if there is none."""
+        return "".join(part.text for part in self._inline_parts("text/plain")[:1])
 
     @cached_property
     def html(self) -> str:
-        """The first text/html part that is not an attachment, decoded; "" if there is none."""
-        return _decode_first_part(self.email, "text/html")
+        """The first text/html part that is not a file, decoded; "" if there is none."""
+        return "".join(part.text for part in self._inline_parts("text/html")[:1])
 
     @cached_property
     def links(self) -> list[str]:
-        """The URLs in the text and the HTML in the order of appearance, without repeats."""
-        _, urls = parse_html(self.html)
-        return list(dict.fromkeys([*find_urls(self.text), *urls]))
+        """The URLs in the text and the targets of links in the HTML, without repeats.
+
+        They are as sent, such as "/confirm" or "{{ url }}". Those that begin with "#", "mailto:",
+        "tel:" or "javascript:" are left out. Texts after the first count as well.
+        """
+        urls = [url for part in self._inline_parts("text/plain") for url in find_urls(part.text)]
+        urls += [url for part in self._inline_parts("text/html") for url in part.html_as_text[1]]
+        return list(dict.fromkeys(urls))
+
+    def link(self, part: str) -> str:
+        """Return the one link that contains part.
+
+        Raises LookupError, with the links in its text, if none or several do.
+        """
+        found = [link for link in self.links if part in link]
+        if len(found) == 1:
+            return found[0]
+        links = "".join(f"\n  {link}" for link in self.links) or " none"
+        raise LookupError(f"{len(found)} links contain {part!r}; the links of the message:{links}")
 
     @cached_property
     def attachments(self) -> list[Attachment]:
-        """The parts that are not text of the message."""
+        """The parts other than text and html, in the order of the message."""
+        shown = self._inline_parts("text/plain")[:1] + self._inline_parts("text/html")[:1]
         return [
-            Attachment(
-                _file_name(part),
-                part.get_content_type(),
-                _decode_payload(part),
-                str(part.get("Content-ID", "")).strip("<> "),
-            )
-            for part in _leaf_parts(self.email)
-            if not _is_text(part)
+            Attachment(part.file_name, part.type, part.content, part.content_id)
+            for part in self._parts
+            if part not in shown
         ]
+
+    @cached_property
+    def _parts(self) -> list[_Part]:
+        return list(islice(split_parts(self.content), MAX_PARTS))
+
+    def _inline_parts(self, media_type: str) -> list[_Part]:
+        """Return the parts of a media type that are not files."""
+        return [part for part in self._parts if part.type == media_type and not part.is_file]
 
     def summary(self) -> str:
         """Return sender, recipients and subject as one line for the log."""
@@ -1508,172 +1524,516 @@ class Envelope:
         return render_page(self)
 
 
-# The first Subject field of the header section, with its folded lines.
-_SUBJECT_FIELD = (
-    rb"(?i)(?:(?!\r?\n|subject[ \t]*:)[^\n]+\n)*subject[ \t]*:(?P<body>[^\n]*(?:\n[ \t]+[^\n]*)*)"
-)
+@dataclass(eq=False)
+class _Part:
+    """A part of a message."""
 
-# encoded-word = "=?" charset "?" encoding "?" encoded-text "?=" (RFC 2047 section 2)
-_ENCODED_WORD = r"=\?[!->@-~]+\?[bq]\?[!->@-~]*\?="
-# White space between adjacent encoded-words is not part of the text (RFC 2047 section 6.2).
-_ENCODED_WORDS = f"(?i){_ENCODED_WORD}(?: {_ENCODED_WORD})*"
+    header: bytes
+    default_type: str  # the media type if there is no valid Content-Type
+    body: bytes = b""  # as sent
 
+    def _field(self, name: str) -> str:
+        return next(find_fields(self.header, name), "")
 
-def _decode_words(match: re.Match[str]) -> str:
-    if len(match[0]) <= MAX_ENCODED_LENGTH:
-        with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
-            return str(email.header.make_header(email.header.decode_header(match[0])))
-    return match[0]
+    @cached_property
+    def _parameters(self) -> dict[str, str]:
+        return parse_mime_parameters(self._field("Content-Type"))
 
+    @cached_property
+    def type(self) -> str:
+        """The media type in lower case."""
+        token = _first_token(self._field("Content-Type"))
+        return token if re.fullmatch("[^/]+/[^/]+", token) else self.default_type
 
-def _one_line(text: str) -> str:
-    """Return the text as one line; surrogates, which cannot be encoded, become "?"."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
+    @cached_property
+    def boundary(self) -> bytes:
+        """The boundary between the parts of a multipart; b"" for other types."""
+        boundary = decode_parameter(self._parameters, "boundary").rstrip().encode()
+        return boundary if self.type.startswith("multipart/") else b""
 
+    @cached_property
+    def file_name(self) -> str:
+        """The file name, or ""."""
+        disposition = parse_mime_parameters(self._field("Content-Disposition"))
+        name = decode_parameter(disposition, "filename")
+        return name or decode_parameter(self._parameters, "name")
 
-@lru_cache
-def _lenient_policy() -> email.policy.EmailPolicy:
-    import email.policy  # only for this, because it imports most of the email package
+    @cached_property
+    def is_file(self) -> bool:
+        """Whether the part is a file rather than something to be shown with the message."""
+        disposition = _first_token(self._field("Content-Disposition"))
+        return disposition == "attachment" or self.file_name != ""
 
-    class LenientPolicy(email.policy.EmailPolicy):
-        """The default policy, but header fields that do not parse are plain text."""
+    @property
+    def content_id(self) -> str:
+        """The Content-ID without angle brackets, or ""."""
+        return self._field("Content-ID").strip().removeprefix("<").removesuffix(">")
 
-        def header_fetch_parse(self, name: str, value: str) -> Any:
-            if name.lower().startswith("content-"):
-                value = value[:MAX_MIME_FIELD_LENGTH]
-            try:
-                return super().header_fetch_parse(name, value)
-            except Exception:  # the parser raises many kinds of errors
-                return _one_line(value)
+    @cached_property
+    def content(self) -> bytes:
+        """The body with its transfer encoding undone (RFC 2045 section 6)."""
+        encoding = _first_token(self._field("Content-Transfer-Encoding"))
+        if encoding == "base64":
+            return _decode_base64(self.body)
+        return binascii.a2b_qp(self.body) if encoding == "quoted-printable" else self.body
 
-    return LenientPolicy()
+    @cached_property
+    def text(self) -> str:
+        """The content as text; line ends are LF."""
+        text = decode_text(self.content, decode_parameter(self._parameters, "charset"))
+        return text.replace("\r\r\n", "\n").replace("\r\n", "\n")
 
-
-def _leaf_parts(message: email.message.Message) -> Iterator[email.message.Message]:
-    """Yield the parts of a message in their order. An attached message is one part."""
-    stack = [message]
-    while stack:
-        part = stack.pop()
-        if part.is_multipart() and part.get_content_maintype() == "multipart":
-            parts: Any = part.get_payload()
-            stack.extend(reversed(parts))
-        else:
-            yield part
-
-
-def _is_text(part: email.message.Message) -> bool:
-    is_file = part.get_content_disposition() == "attachment" or _file_name(part)
-    return part.get_content_maintype() == "text" and not is_file
-
-
-def _file_name(part: email.message.Message) -> str:
-    with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
-        return " ".join((part.get_filename() or "").split())
-    return ""
-
-
-def _decode_payload(part: email.message.Message) -> bytes:
-    with contextlib.suppress(Exception):  # the decoders raise many kinds of errors
-        if part.is_multipart():  # an attached message
-            return part.as_bytes().partition(b"\n\n")[2]
-        return bytes(part.get_payload(decode=True) or b"")
-    return b""
+    @cached_property
+    def html_as_text(self) -> tuple[str, list[str]]:
+        """What parse_html() makes of the content."""
+        return parse_html(self.text)
 
 
-def _decode_first_part(message: email.message.Message, content_type: str) -> str:
-    for part in _leaf_parts(message):
-        if part.get_content_type() == content_type and _is_text(part):
-            return _decode_text(part).replace("\r\n", "\n")
-    return ""
+# A line that may be a delimiter (RFC 2046 section 5.1.1)
+_DELIMITER = re.compile(rb"\n--([^\n]*)")
 
 
-def _decode_text(part: email.message.Message) -> str:
-    data = _decode_payload(part)
-    with contextlib.suppress(Exception):  # an unknown charset, or a failure of its decoder
-        charset = codecs.lookup(str(part.get_content_charset("utf-8"))).name
-        if charset not in ("idna", "punycode"):  # they take quadratic time
-            return data.decode(charset, "replace")
-    return data.decode("utf-8", "replace")
+def split_parts(content: bytes) -> Iterator[_Part]:
+    """Yield the parts that have no parts themselves, in their order (RFC 2046 section 5.1).
 
-
-_URL = re.compile(r"https?://[^\s<>\"'\x00-\x1f]+", re.IGNORECASE)
-
-
-def find_urls(text: str) -> list[str]:
-    """Return the http and https URLs in a text, without trailing punctuation."""
-    # A closing parenthesis may belong to a URL with an opening one.
-    return [url.rstrip(".,:;!?*]" if "(" in url else ".,:;!?*])") for url in _URL.findall(text)]
-
-
-# A comment, an element whose content is not text, or a tag. There is only one way to match
-# each part of a tag, so that the time is linear.
-_MARKUP = re.compile(
-    r"<!--.*?(?:-->|\Z)"
-    r"|<(script|style|title)\b.*?(?:</\1\s*>|\Z)"
-    r"""|<[/!?a-z][^<>"']*(?:(?:"[^"]*"|'[^']*')[^<>"']*)*>""",
-    re.IGNORECASE | re.DOTALL,
-)
-_TAG_NAME = re.compile(r"<(/?[a-z][a-z0-9]*)", re.IGNORECASE)
-_HREF = re.compile(r"""\shref\s*=\s*("[^"]*"|'[^']*'|[^\s>"']+)""", re.IGNORECASE)
-# Elements that begin or end a line
-_LINE_ELEMENTS = "br dd div dt h1 h2 h3 h4 h5 h6 hr li ol p pre table tr ul".split()
-
-
-def _unescape(text: str) -> str:
-    """Decode the entities of HTML; those with numbers that html.unescape() refuses are dropped."""
-    return html.unescape(re.sub(r"&#[0-9]{50,};?", "", text))
-
-
-def parse_html(document: str) -> tuple[str, list[str]]:
-    """Return the text of an HTML document, and the URLs in it.
-
-    After the text of a link, its URL is added in angle brackets, unless the text ends with it.
+    One search finds the delimiters of all multiparts, so the time does not grow with nesting.
     """
-    text: list[str] = []
-    urls: list[str] = []
-    url = ""
-    position = 0
-
-    def add_text(fragment: str) -> None:
-        text.append(re.sub(r"\s+", " ", _unescape(fragment)))
-        urls.extend(find_urls(text[-1]))
-
-    for markup in _MARKUP.finditer(document):
-        add_text(document[position : markup.start()])
-        position = markup.end()
-        tag = _TAG_NAME.match(markup[0])
-        name = tag[1].lower() if tag else ""
-        if name == "a":
-            url = _link_url(markup[0])
-            if url:
-                urls.append(url)
-        elif name == "/a" and url:
-            if url not in text[-1]:
-                text.append(f" <{url}>")
-            url = ""
-        elif name.lstrip("/") in _LINE_ELEMENTS:
-            text.append("\n")
-    add_text(document[position:])
-    lines = [line.strip() for line in "".join(text).split("\n")]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), urls
+    # {boundary of an open multipart: default type of its parts}, the innermost last
+    types: dict[bytes, str] = {}
+    part: _Part | None
+    part, start = _open_part(content, 0, "text/plain", types)
+    for line in _DELIMITER.finditer(content):
+        text = line[1].rstrip()
+        boundary = text if text in types else text.removesuffix(b"--")
+        if boundary not in types:
+            continue
+        if part and part.boundary != boundary:  # what precedes the first delimiter is no part
+            part.body = content[start : line.start()].rstrip(b"\r")
+            yield part
+        while next(reversed(types)) != boundary:  # multiparts that are not closed
+            types.popitem()
+        if text == boundary:
+            part, start = _open_part(content, line.end() + 1, types[boundary], types)
+        else:
+            part = None
+            types.popitem()
+    if part:
+        part.body = content[start:]
+        yield part
 
 
-def _link_url(tag: str) -> str:
-    """Return the absolute URL of a link, or ""."""
-    match = _HREF.search(tag)
-    url = _unescape(match[1].strip("\"'")).strip() if match else ""
-    return url if re.match(r"[a-z][a-z0-9+.-]*://", url, re.IGNORECASE) else ""
+def _open_part(
+    content: bytes, start: int, default_type: str, types: dict[bytes, str]
+) -> tuple[_Part, int]:
+    """Return the part whose header begins at start, and where its body begins."""
+    end, body = _find_body(content, start)
+    part = _Part(content[start:end], default_type)
+    if part.boundary:
+        is_digest = part.type == "multipart/digest"
+        types.setdefault(part.boundary, "message/rfc822" if is_digest else "text/plain")
+    return part, body
 
 
-_EMPTY_LINE = re.compile(rb"\n\r?\n")
+def readable_text(envelope: Envelope) -> str:
+    """Return all texts of a message; if they are blank, the text of its HTML."""
+    texts = [part.text.strip("\n") for part in envelope._inline_parts("text/plain")]
+    if not any(map(str.strip, texts)):
+        texts = [part.html_as_text[0] for part in envelope._inline_parts("text/html")]
+    return "\n\n".join(filter(str.strip, texts))
+
+
+# --- Header fields --------------------------------------------------------------------
+
+# The name of a field, or the start of the "From " line of an mbox file. No name begins with "--"
+# here, because such a line may be the delimiter of the next part.
+_FIELD_START = re.compile(rb"(?!--)[!-9;-~]+[ \t]*:|>?From ")
+# A line end before a line that is neither a field nor goes on with one, and that line if it is
+# empty. Programs that convert line ends twice send CR CR LF.
+_HEADER_END = re.compile(rb"\n(?!%b|[ \t])(?:\r*\n)?" % _FIELD_START.pattern)
 
 
 def header_section(content: bytes) -> bytes:
-    """Return the content up to the first empty line."""
-    if content.startswith((b"\n", b"\r\n")):
-        return b""
-    match = _EMPTY_LINE.search(content)
-    return content[: match.start()] if match else content
+    """Return the header fields at the start of the content.
+
+    White space before a colon is accepted, as RFC 5322 section 4.5 requires.
+    """
+    return content[: _find_body(content, 0)[0]]
+
+
+def _find_body(content: bytes, start: int) -> tuple[int, int]:
+    """Return where the header that begins at start ends, and where its body begins."""
+    if start == 0 and not _FIELD_START.match(content):  # no header, as in a text without a subject
+        empty_line = re.match(rb"\r*\n", content)
+        return 0, empty_line.end() if empty_line else 0
+    end = _HEADER_END.search(content, max(start - 1, 0))
+    return (end.start() + 1, end.end()) if end else (len(content), len(content))
+
+
+@lru_cache
+def _field_pattern(name: str) -> re.Pattern[bytes]:
+    return re.compile(rb"(?i)\n%b[ \t]*:([^\n]*(?:\n[ \t][^\n]*)*)" % re.escape(name.encode()))
+
+
+def find_fields(header: bytes, name: str) -> Iterator[str]:
+    """Yield the value of each header field with this name, unfolded, but not decoded."""
+    for match in _field_pattern(name).finditer(b"\n" + header):
+        lines = match[1][:MAX_FIELD_SIZE].split(b"\n")
+        value = b"".join(line.rstrip(b"\r") for line in lines)
+        yield value.decode("utf-8", "replace").lstrip(" \t")
+
+
+# encoded-word = "=?" charset ["*" language] "?" encoding "?" encoded-text "?="
+# (RFC 2047 section 2, RFC 2231 section 5). Spaces in the text are a common error.
+_ENCODED_WORD = r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([bq])\?([^?]*)\?="
+# White space between adjacent encoded-words is not part of the text (RFC 2047 section 6.2).
+_ADJACENT_WORDS = re.compile(rf"{_ENCODED_WORD}(?:[ \t]*{_ENCODED_WORD})*", re.IGNORECASE)
+
+
+def decode_words(text: str) -> str:
+    """Decode the encoded-words in the value of a header field (RFC 2047)."""
+    return _ADJACENT_WORDS.sub(_decode_adjacent, text) if "=?" in text else text
+
+
+def _decode_adjacent(run: re.Match[str]) -> str:
+    """Decode adjacent encoded-words; those in an unknown charset stay as they are."""
+    texts = []
+    words = re.finditer(_ENCODED_WORD, run[0], re.IGNORECASE)
+    for charset, group in groupby(words, key=lambda word: word[1].lower()):
+        if find_codec(charset):  # joined first: two words may share a character
+            texts.append(decode_text(b"".join(map(_decode_word, group)), charset))
+        else:
+            texts.append(" ".join(word[0] for word in group))
+    return "".join(texts)
+
+
+def _decode_word(word: re.Match[str]) -> bytes:
+    octets = word[3].encode()
+    return _decode_base64(octets) if word[2] in "Bb" else binascii.a2b_qp(octets, header=True)
+
+
+def _decode_base64(octets: bytes) -> bytes:
+    """Decode base64, also without padding, and also padded pieces one after the other."""
+    decoded = []
+    for digits in re.sub(rb"[^A-Za-z0-9+/=]+", b"", octets).split(b"="):
+        if len(digits) % 4 == 1:
+            digits = digits[:-1]  # six bits are no octet
+        decoded.append(binascii.a2b_base64(digits + b"=="))
+    return b"".join(decoded)
+
+
+# The first token of a structured field, after white space, quotes and comments
+_TOKEN = re.compile(r"""(?:[\s"';]|\([^()]*\))*([^\s"';()]+)""")
+
+# parameter = attribute "=" value; value = token / quoted-string (RFC 2045 section 5.1). A value
+# without quotes goes on to the next semicolon, because many programs forget the quotes.
+_PARAMETER = re.compile(
+    r""";\s*([^\s=;"]+)\s*=\s*(?:"([^"\\]*(?:\\.[^"\\]*)*)"?|([^;]*))""", re.DOTALL
+)
+
+
+def _first_token(value: str) -> str:
+    """Return a media type, a mechanism, a disposition or a charset, in lower case; or ""."""
+    match = _TOKEN.match(value)
+    return match[1].lower() if match else ""
+
+
+def parse_mime_parameters(value: str) -> dict[str, str]:
+    """Return the parameters of a field as {name in lower case: value}; name* becomes name*0*."""
+    parameters: dict[str, str] = {}
+    for name, quoted, unquoted in _PARAMETER.findall(value):
+        key = re.sub(r"^([^*]+)\*$", r"\1*0*", name.lower())
+        parameters.setdefault(key, re.sub(r'\\([\\"])', r"\1", quoted) or unquoted.strip())
+    return parameters
+
+
+def decode_parameter(parameters: Mapping[str, str], name: str) -> str:
+    """Return a decoded parameter; "" if there is none.
+
+    Its pieces name*0, name*1* and so on (RFC 2231 sections 3 and 4) go before a plain value. A
+    plain value may contain encoded-words, which RFC 2047 section 5 forbids.
+    """
+    octets, charset = b"", ""
+    for number in count():
+        piece = f"{name}*{number}"
+        if f"{piece}*" in parameters:
+            value = parameters[f"{piece}*"]
+            if number == 0 and value.count("'") >= 2:
+                charset, _language, value = value.split("'", 2)
+            octets += unquote_to_bytes(value)
+        elif piece in parameters:
+            octets += parameters[piece].encode()
+        else:
+            break
+    return decode_words(decode_text(octets, charset) or parameters.get(name, ""))
+
+
+# --- Charsets -------------------------------------------------------------------------
+
+# {codec: the labels for which it is used, as Python names their codecs, or as sent where Python
+# knows none}. Most stand for supersets of Windows (WHATWG Encoding Standard section 4.2).
+_LABELS = {
+    "big5hkscs": "big5 cn-big5",
+    "cp1252": "ascii iso8859-1 iso88591",
+    "cp1254": "iso8859-9 iso88599",
+    "cp874": "iso8859-11 iso885911 tis-620 windows-874 dos-874",
+    "cp932": "shift_jis windows-31j",
+    "cp949": "euc_kr windows-949 ks_c_5601-1989 ksc_5601 iso-ir-149 cseuckr",
+    "gb18030": "gb2312 gbk gb_2312 gb_2312-80 csgb2312",
+    "iso2022_jp": "cp50220 cp50221",
+    "iso8859-6": "iso-8859-6-e iso-8859-6-i csiso88596e csiso88596i",
+    "iso8859-8": "iso-8859-8-e iso-8859-8-i csiso88598e csiso88598i logical visual",
+    "koi8-r": "koi koi8",
+    "koi8-u": "koi8-ru",
+    "mac-roman": "mac csmacintosh",
+    "utf-8-sig": "utf-8 unicode-1-1-utf-8",
+    "utf-16": "unicode ucs-2 csunicode iso-10646-ucs-2",
+    "": "idna punycode raw_unicode_escape unicode_escape",  # no charsets
+}
+_CODECS = {label: codec for codec, labels in _LABELS.items() for label in labels.split()}
+
+
+@lru_cache
+def find_codec(label: str) -> str:
+    """Return the codec for the label of a charset; "" if there is none."""
+    label = _first_token(label).removeprefix("x-")
+    with contextlib.suppress(LookupError, ValueError):
+        label = codecs.lookup(_CODECS.get(label, label)).name
+        return _CODECS.get(label, label)
+    return ""
+
+
+def decode_text(octets: bytes, label: str) -> str:
+    """Decode text in the charset with this label, or in UTF-8 if there is no such charset.
+
+    Each character that cannot be decoded becomes one U+FFFD.
+    """
+    codec = find_codec(label) or "utf-8-sig"
+    if codec == "iso2022_jp":
+        octets, codec = _ISO_2022_JP.sub(_to_euc_jp, octets), "euc_jp"
+    errors = "dsmtpd.replace" if codec.startswith(("big5", "cp", "gb")) else "replace"
+    if codec == "euc_jp":
+        octets, codec, errors = _EUC_JP.sub(_to_shift_jis, octets), "cp932", "dsmtpd.replace-pair"
+    try:
+        text = octets.decode(codec, errors)
+    except (LookupError, ValueError):  # a codec that is not for text, or that fails
+        text = octets.decode("utf-8", "replace")
+    if codec == "cp932":
+        text = text.translate(_NO_SHIFT_JIS)
+    return text.encode("utf-8", "replace").decode()  # UTF-7 can express surrogates
+
+
+def _replace_undecodable(error: UnicodeError) -> tuple[str, int]:
+    """Error handler that does what the decoders of the WHATWG Encoding Standard do."""
+    assert isinstance(error, UnicodeDecodeError)
+    first, end = error.object[error.start], error.end
+    if error.encoding == "charmap":
+        return chr(first) if first < 0xA0 else "\ufffd", end
+    if 0x80 < first < 0xFF and error.object[end : end + 1] >= b"\x80":
+        return "\ufffd", end + 1  # a double-byte charset, in which this octet belongs to it
+    return "\ufffd", end
+
+
+def _replace_pair(error: UnicodeError) -> tuple[str, int]:
+    """Error handler for what _to_shift_jis() returns, where only pairs cannot be decoded."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd", error.start + 2
+
+
+codecs.register_error("dsmtpd.replace", _replace_undecodable)
+codecs.register_error("dsmtpd.replace-pair", _replace_pair)
+
+# What cp932 makes of octets that Shift_JIS does not use
+_NO_SHIFT_JIS = dict.fromkeys(range(0xF8F0, 0xF8F4), "\ufffd")
+
+# Python's codecs for ISO-2022-JP and EUC-JP lack the characters of Windows. Its codec for Shift_JIS
+# has them, and the three encode the same table (WHATWG Encoding Standard sections 12 and 13).
+_ISO_2022_JP = re.compile(rb"\x1b(\([BIJ]|\$[@B])([^\x1b]*)")
+# Katakana, two octets, and what is not decoded: JIS X 0212 and invalid octets
+_EUC_JP = re.compile(
+    rb"\x8e([\xa1-\xdf])|([\xa1-\xfe]{2})|\x8f[\xa1-\xfe]{2}|[\x8e\xa1-\xfe][\x80-\xff]|[\x80-\xff]"
+)
+_SET_HIGH_BIT = bytes(octet | 0x80 if 0x21 <= octet <= 0x7E else octet for octet in range(256))
+
+
+def _to_euc_jp(segment: re.Match[bytes]) -> bytes:
+    """Return a segment of ISO-2022-JP, which begins with an escape sequence, as EUC-JP."""
+    charset, octets = segment.groups()
+    if charset in (b"(B", b"(J"):
+        return octets
+    octets = octets.translate(_SET_HIGH_BIT)
+    return re.sub(rb"[\xa1-\xdf]", b"\x8e\\g<0>", octets) if charset == b"(I" else octets
+
+
+def _to_shift_jis(character: re.Match[bytes]) -> bytes:
+    """Return a character of EUC-JP as Shift_JIS."""
+    katakana, pair = character.groups()
+    if not pair:
+        return katakana or b"\xff"
+    row, cell = pair[0] - 0xA1, pair[1] - 0xA1
+    lead = row // 2 + (0x81 if row < 62 else 0xC1)
+    trail = cell + (0x9F if row % 2 else 0x40 if cell < 63 else 0x41)
+    return bytes([lead, trail])
+
+
+# --- HTML and URLs --------------------------------------------------------------------
+
+_URL_START = re.compile(r"https?://", re.IGNORECASE)
+# The characters that may end a URL
+_URL_END = re.compile(r"[\x00-\x20<>\"`()\[\]{}\x7f]|[^\x00-\x7f]")
+# Categories of Unicode: separators, and all punctuation but dashes and connectors
+_ENDING_CATEGORIES = ("Cc", "Pe", "Pf", "Pi", "Po", "Ps", "Zl", "Zp", "Zs")
+_OPENING_BRACKETS = {")": "(", "]": "[", "}": "{"}
+
+
+def find_urls(text: str) -> list[str]:
+    """Return the http and https URLs in a text, without the punctuation after them."""
+    urls = []
+    position = 0
+    while start := _URL_START.search(text, position):
+        position = _find_url_end(text, start.end())
+        urls.append(text[start.start() : position].rstrip(".,:;!?*'([{"))
+    return [url for url in urls if not url.endswith("://")]
+
+
+def _find_url_end(text: str, position: int) -> int:
+    """Return where the URL ends that goes on at this position.
+
+    It contains only brackets that are balanced, and no quotes, brackets and sentence marks of
+    other scripts, by which it is often followed without a space.
+    """
+    opened: list[str] = []
+    for match in _URL_END.finditer(text, position):
+        char = match[0]
+        if char in "([{":
+            opened.append(char)
+        elif opened and _OPENING_BRACKETS.get(char) == opened[-1]:
+            opened.pop()
+        elif char.isascii() or unicodedata.category(char) in _ENDING_CATEGORIES:
+            return match.start()
+    return len(text)
+
+
+# A comment, an element whose content is not shown, or the start of a tag
+_MARKUP = re.compile(
+    r"<!--(?:-?>|.*?(?:--!?>|\Z))"
+    r"|<[!?][^>]*>?"
+    r"|<(script|style|title)\b.*?(?:</\1[^>]*>|\Z)"
+    r"|<(?P<name>/?[a-z][^\s/>]*)",
+    re.IGNORECASE | re.DOTALL,
+)
+# An attribute, or the end of a tag. Quotes count only after "=" (HTML standard section 13.2.5).
+_ATTRIBUTE = re.compile(
+    r"""(?P<name>[^\s/>=]+)(?:\s*=\s*(?P<value>"[^"]*"|'[^']*'|[^\s>"'][^\s>]*))?|>"""
+)
+# Elements that begin and end a line
+_BLOCKS = set(
+    """address article aside blockquote body br caption center dd details dialog div dl dt fieldset
+    figcaption figure footer form h1 h2 h3 h4 h5 h6 header hgroup hr legend li main menu nav ol
+    optgroup option p pre search section summary table tbody tfoot thead tr ul""".split()
+)
+
+
+def parse_html(document: str) -> tuple[str, list[str]]:
+    """Return the text of an HTML document, and the links in it.
+
+    The text is roughly what a browser shows. The target of a link follows the text of the link in
+    angle brackets, unless that contains it.
+    """
+    writer = _TextWriter()
+    position = 0
+    while markup := _MARKUP.search(document, position):
+        writer.add_text(document[position : markup.start()])
+        position = markup.end()
+        if markup["name"]:
+            position, href = _read_attributes(document, position)
+            writer.add_tag(markup["name"].lower(), href)
+    writer.add_text(document[position:])
+    return writer.text(), writer.links
+
+
+def _read_attributes(document: str, position: int) -> tuple[int, str]:
+    """Return where a tag ends whose attributes begin at position, and its first href, or ""."""
+    hrefs: list[str] = []
+    for attribute in _ATTRIBUTE.finditer(document, position):
+        if attribute["name"] is None:
+            return attribute.end(), "".join(hrefs[:1])
+        if attribute["name"].lower() == "href":
+            value = attribute["value"] or ""
+            hrefs.append(value[1:-1] if value.startswith(('"', "'")) else value)
+    return len(document), ""
+
+
+class _TextWriter:
+    """Makes text of the tags and the text of an HTML document."""
+
+    def __init__(self) -> None:
+        self.links: list[str] = []
+        self._fragments = ["\n"]  # none is empty
+        self._link = ""  # the target of the link whose text is being added
+        self._link_start = 0  # the index of the first fragment of that text
+        self._is_preformatted = False
+
+    def add_text(self, source: str) -> None:
+        if not source:
+            return
+        text = _unescape(source)
+        self.links += find_urls(text)
+        if not self._is_preformatted:
+            text = re.sub(r"[ \t\n\f\r]+", " ", text)
+            if self._fragments[-1][-1] in " \n":
+                text = text.removeprefix(" ")
+        if text:
+            self._fragments.append(text)
+
+    def add_tag(self, name: str, href: str) -> None:
+        element = name.removeprefix("/")
+        if name in ("a", "area"):
+            self._start_link(href)
+        elif name == "/a":
+            self._end_link()
+        elif name in ("td", "th") and self._fragments[-1][-1] != "\n":
+            self._fragments.append(" " if self._fragments[-1][-1] == " " else "  ")
+        elif element in _BLOCKS:
+            self._fragments.append("\n")
+        if element == "pre":
+            self._is_preformatted = name == "pre"
+
+    def _start_link(self, href: str) -> None:
+        target = _REFERENCE.sub(_decode_reference, href)
+        self._link = re.sub(r"[\t\n\r]", "", target).strip()  # as the URL standard, section 4.4
+        if re.match("#|mailto:|tel:|javascript:|$", self._link, re.IGNORECASE):
+            self._link = ""
+        else:
+            self.links.append(self._link)
+        self._link_start = len(self._fragments)
+
+    def _end_link(self) -> None:
+        if self._link and self._link not in "".join(self._fragments[self._link_start :]):
+            self._fragments.append(f" <{self._link}>")
+        self._link = ""
+
+    def text(self) -> str:
+        """Return the text of what has been added."""
+        lines = [line.rstrip() for line in "".join(self._fragments).split("\n")]
+        return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+
+
+def _unescape(text: str) -> str:
+    """Decode the character references of HTML, but drop those that html.unescape() refuses."""
+    return html.unescape(re.sub(r"&#[0-9]{50,};?", "", text)) if "&" in text else text
+
+
+# A reference in an attribute. A name without a semicolon before "=" or a letter or digit is text
+# (HTML standard section 13.2.5.73), such as "&currency=" in a URL.
+_REFERENCE = re.compile(
+    r"&(#[0-9]{1,50};?|#[xX][0-9a-fA-F]+;?|[a-zA-Z][a-zA-Z0-9]*(?:;|(?![=a-zA-Z0-9])))"
+)
+
+
+def _decode_reference(reference: re.Match[str]) -> str:
+    if reference[1].startswith("#"):
+        return html.unescape(reference[0])
+    return html5.get(reference[1], reference[0])
 
 
 # --- Pages ----------------------------------------------------------------------------
@@ -2464,7 +2824,7 @@ class Server:
     These attributes are set once the server has started: host and port are the first address
     that it listens on, and addresses are all of them. maildir is the Maildir where messages are
     stored, or None. cafile is the file of the temporary certificate, for clients that verify it,
-    or None; it exists while the server runs.
+    or None; it exists while the server runs. clients is how many have connected so far.
     """
 
     def __init__(
@@ -2485,6 +2845,7 @@ class Server:
         self.addresses: list[tuple[str, int]] = []
         self.maildir: Maildir | None = None
         self.cafile: str | None = None
+        self.clients = 0
         self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._on_refusal = on_refusal
@@ -2494,11 +2855,8 @@ class Server:
         self._sockets: list[socket.socket] = []
         self._listening = contextlib.ExitStack()  # closes the listening sockets
         self._cleanup = contextlib.ExitStack()  # removes the certificate, ends the thread
-        self.clients = 0
-        """How many clients have connected so far."""
         self._max_connections = _max_connections()
         self._connections: dict[asyncio.Task[None], Connection] = {}
-        self._started = False
         self._closed = asyncio.Event()
 
     async def start(self, sockets: list[socket.socket] | None = None) -> None:
@@ -2508,9 +2866,8 @@ class Server:
         cannot be used, mailbox.Error for a directory that cannot, and RuntimeError if no thread
         can be started, or if the server was started before.
         """
-        if self._started:
+        if self._sockets:
             raise RuntimeError("a Server can be started only once; create another one")
-        self._started = True
         with contextlib.ExitStack() as cleanup:
             opened_here = not sockets
             sockets = sockets or listen(self.config)
@@ -2528,7 +2885,7 @@ class Server:
             for sock in sockets:
                 await self._accept_clients(sock)
                 if opened_here:  # others, such as systemd, may go on listening on their sockets
-                    self._listening.callback(_stop_listening, sock)
+                    self._listening.callback(_free_port, sock)
             self._cleanup = cleanup.pop_all()
         self._sockets = sockets
         self.addresses = [sock.getsockname()[:2] for sock in sockets]
@@ -2553,7 +2910,7 @@ class Server:
             self._serve_client,
             sock=sock,
             ssl=context,
-            backlog=self._max_connections // 2,
+            backlog=max(1, self._max_connections // 2),
         )
         self._listening.callback(listener.close)
 
@@ -2569,8 +2926,10 @@ class Server:
         """Stop listening, send 421 to the clients, and wait for deliveries in progress.
 
         Before that, the clients that were active in the last quit_timeout seconds have as much
-        time to send QUIT.
+        time to send QUIT. Closing a server again has no effect.
         """
+        if self._closed.is_set():
+            return
         loop = asyncio.get_running_loop()
         recently = loop.time() - quit_timeout
         await _wait(
@@ -2719,7 +3078,7 @@ def listen(config: Config) -> list[socket.socket]:
 
 
 def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket.socket]:
-    """Return a listening socket for each address whose family this machine supports."""
+    """Return a listening socket for each address that this machine has."""
     sockets: list[socket.socket] = []
     errors: list[OSError] = []
     for family, (host, port, *scope) in addresses:
@@ -2729,23 +3088,22 @@ def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket
         # The address of all interfaces stands for those of IPv4 as well.
         dualstack = host == "::" and socket.has_dualstack_ipv6()
         try:
-            sockets.append(
-                socket.create_server(
-                    address, family=family, reuse_port=reuse_port, dualstack_ipv6=dualstack
-                )
+            sock = socket.create_server(
+                address, family=family, reuse_port=reuse_port, dualstack_ipv6=dualstack
             )
+            sockets.append(sock)
         except OSError as error:
             errors.append(error)
-    unsupported = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-    failures = [error for error in errors if error.errno not in unsupported]
-    if failures or not sockets:
+    unavailable = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+    errors.sort(key=lambda error: error.errno in unavailable)
+    if errors and (not sockets or errors[0].errno not in unavailable):
         for sock in sockets:
             sock.close()
-        raise (failures or errors)[0]
+        raise errors[0]
     return sockets
 
 
-def _stop_listening(sock: socket.socket) -> None:
+def _free_port(sock: socket.socket) -> None:
     """Free the port, even if a forked process has a copy of the socket."""
     with contextlib.suppress(OSError):  # only Linux can do it
         sock.shutdown(socket.SHUT_RDWR)
@@ -2765,24 +3123,18 @@ def make_tls_context(
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.num_tickets = 0  # libesmtp 1.1 hangs after session tickets of TLS 1.3
-    files = f"certificate {os.fspath(cert)}"
-    if key is not None:
-        files += f" with key {os.fspath(key)}"
     try:
-        for path in (cert, key or cert):
-            # The errors of load_cert_chain() do not name the file.
-            with open(path, "rb"):
-                pass
         context.load_cert_chain(cert, key, refuse_passphrase)
-    except ssl.SSLError as error:
-        reason = (error.reason or "PEM").replace("_", " ").lower()
+    except (OSError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, ssl.SSLError):
+            reason = (error.reason or "PEM").replace("_", " ").lower()
         if "pem" in reason:
             reason = "not a certificate and its private key in PEM format"
             if key is None:
                 reason += "; --key names the file of the key"
-        raise ValueError(f"cannot use {files}: {reason}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot use {files}: {error}") from error
+        files = f"{os.fspath(cert)} with key {os.fspath(key or cert)}"
+        raise ValueError(f"cannot use certificate {files}: {reason}") from error
     return context
 
 
@@ -3722,30 +4074,43 @@ def _message_event(envelope: Envelope) -> str:
 
 _MESSAGE_START = "---------- MESSAGE FOLLOWS ----------"
 
-# Invisible characters that HTML messages contain for their layout
-_LAYOUT_CHARACTERS = dict.fromkeys(map(ord, "\u00ad\u034f\u200b\u200c\u200d\ufeff"))
-
 
 def _as_text(envelope: Envelope) -> str:
-    """Return a message for a person, with control characters escaped."""
-    names = ("From", "To", "Cc", "Reply-To", "Date")
-    header = [f"{name}: {envelope.email[name]}" for name in names if name in envelope.email]
-    header.append(f"Subject: {envelope.subject}")
-    header.append(f"Envelope: {envelope.mail_from} -> {', '.join(envelope.rcpt_tos)}")
-    text = envelope.text or parse_html(envelope.html)[0]
-    if "\0" in text:
-        text = f"({len(text.encode('utf-8', 'replace'))} bytes of binary content)"
-    text = _shorten(text.strip("\n").rstrip())
-    text = text.replace("\xa0", " ").translate(_LAYOUT_CHARACTERS)
-    links = ["Links:", *(f"  {url}" for url in envelope.links)]
-    attachments = ["Attachments:"] + [
+    """Return a message for a person, with what a terminal would interpret escaped."""
+    header = header_section(envelope.content)
+    lines = [
+        f"{name}: {decode_words(value)}"
+        for name in ("From", "To", "Cc", "Reply-To", "Date")
+        for value in find_fields(header, name)
+    ]
+    lines.append(f"Subject: {envelope.subject}")
+    lines.append(f"Envelope: {envelope.mail_from} -> {', '.join(envelope.rcpt_tos)}")
+    links = [f"  {url}" for url in envelope.links]
+    attachments = [
         f"  {item.name or 'unnamed'} ({item.type}, {len(item.content)} bytes)"
         for item in envelope.attachments
     ]
-    parts = [_shorten("\n".join(header)), text]
-    parts += [_shorten("\n".join(lines)) for lines in (links, attachments) if len(lines) > 1]
-    text = re.sub(r"[^\n\t]+", lambda match: escape_unprintable(match[0]), "\n\n".join(parts))
+    parts = [_shorten(_escape_lines(lines)), _print_text(envelope)]
+    if envelope.html:
+        parts.append(f"HTML: {len(envelope.html)} characters")
+    if links:
+        parts.append(_shorten(_escape_lines(["Links:", *links])))
+    if attachments:
+        parts.append(_shorten(_escape_lines(["Attachments:", *attachments])))
+    text = "\n\n".join(parts)
     return f"{_MESSAGE_START}\n{text}\n------------ END MESSAGE ------------\n"
+
+
+def _escape_lines(lines: list[str]) -> str:
+    return "\n".join(map(escape_unprintable, lines))
+
+
+def _print_text(envelope: Envelope) -> str:
+    """Return the readable text of a message, or the size of binary content."""
+    text = readable_text(envelope)
+    if "\0" in text:
+        return f"({len(text.encode())} bytes of binary content)"
+    return _escape_lines(_shorten(text.rstrip()).split("\n"))
 
 
 def _shorten(text: str) -> str:

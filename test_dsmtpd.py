@@ -10,6 +10,7 @@ import email.message
 import email.policy
 import email.utils
 import errno
+import functools
 import hashlib
 import html.parser
 import io
@@ -17,6 +18,7 @@ import json
 import logging
 import mailbox
 import os
+import pickle
 import random
 import re
 import shlex
@@ -35,7 +37,7 @@ import tracemalloc
 import urllib.parse
 import zipapp
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ SCRIPT = HERE / "dsmtpd.py"
 NOW = datetime(2026, 11, 21, 12, 0, 0, tzinfo=timezone.utc)
 # A header section without warnings.
 CLEAN = "From: <a@b>\r\nDate: Sat, 21 Nov 2026 12:00:00 +0000\r\nMessage-ID: <1@b>\r\n"
+HELLO = "EHLO x"
 OPENSSL = pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl program")
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
 
@@ -78,10 +81,25 @@ class Client:
                 replies += f"<{action}>\r\n".encode()
         return replies
 
+    def send_in_pieces(self, data: bytes, size: int) -> bytes:
+        """Return the replies to the data, which arrives in pieces of this size."""
+        return b"".join(self.send(piece) for piece in pieces(data, size))
+
     def codes(self, *lines: str) -> str:
         """Return the reply code of each line, or "-" for a line without a reply."""
         replies = [self.send(line.encode() + b"\r\n").decode() for line in lines]
         return " ".join(reply.splitlines()[-1][:3] if reply else "-" for reply in replies)
+
+    def deliver(self, content: str = CLEAN, *lines: str) -> list[str]:
+        """Send a message after these lines, and return the names of its warnings."""
+        lines = lines or (HELLO, "MAIL FROM:<a@b>", "RCPT TO:<c@d>")
+        self.codes(*lines, "DATA")
+        self.send(content.encode() + b".\r\n")
+        return [text.partition(":")[0] for text in self.envelopes[-1].warnings]
+
+
+def pieces(data: bytes, size: int) -> list[bytes]:
+    return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 def without_early_talker(client: Client) -> list[Envelope]:
@@ -104,228 +122,182 @@ def client_with_recipient(**options: Any) -> Client:
     return client
 
 
+# Method, arguments, data, what is returned, and what is left of the data.
+INPUTS: list[tuple[str, tuple[Any, ...], bytes, object, bytes]] = [
+    ("line", (), b"NOOP\r\nx", b"NOOP\r\n", b"x"),
+    ("line", (), b"\nNOOP\r\n", b"\n", b"NOOP\r\n"),
+    ("octets", (3,), b"a\r\nb", b"a\r\n", b"b"),
+    ("octets", (0,), b"a", b"", b"a"),
+    ("discard", (3,), b"a\r\nb", None, b"b"),
+    ("discard", (0,), b"a", None, b"a"),
+    ("content", (b"\r\n", 99), b".\r\nQUIT", b"", b"QUIT"),
+    ("content", (b"\r\n", 99), b"..\r\n.b\n.\n.\r\n\r\n.\r\n.", b".\r\nb\n.\n.\r\n\r\n", b"."),
+    ("content", (b"\n", 99), b"a\r\n.\r\n..b\n.\nc", b"a\r\n\r\n.b\n", b"c"),
+    ("content", (b"\r\n", 5), b"..ab\r\n.\r\nc", b".ab\r\n", b"c"),
+    ("content", (b"\r\n", 4), b"..ab\r\n.\r\nc", None, b"c"),
+    ("content", (b"\r\n", 4), b"x" * 99 + b"\r\n.\r\nc", None, b"c"),
+    ("starts_with", (b"\x16\x03",), b"\x16\x03\x01", True, b"\x16\x03\x01"),
+    ("starts_with", (b"\x16\x03",), b"\x16\r\n", False, b"\x16\r\n"),
+    ("starts_with", (b"\x16\x03",), b"E", False, b"E"),
+]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("method", "arguments", "data", "result", "rest"), INPUTS)
+def test_input(
+    method: str, arguments: tuple[Any, ...], data: bytes, result: object, rest: bytes, whole: bool
+) -> None:
+    source = dsmtpd.Input()
+    remaining = iter(pieces(data, len(data) if whole else 1))
+    assert read(getattr(source, method)(*arguments), source, remaining) == result
+    source.feed(b"".join(remaining))
+    assert read(source.octets(len(rest)), source, iter([])) == rest
+    assert source.is_empty
+
+
+def read(reader: Iterator[object], source: dsmtpd.Input, data: Iterator[bytes]) -> Any:
+    """Return what a method of Input returns, which gets more data when it waits for it."""
+    while True:
+        try:
+            next(reader)
+        except StopIteration as end:
+            return end.value
+        source.feed(next(data))
+
+
 # --- Dialogues ----------------------------------------------------------------------------
 
-# S: is a line of the reply, C: a line from the client (with Python's escape sequences), and N: the
-# same with LF as line end.
+# Each line of the client, with the lines of the reply to it. A line ends with CRLF unless it ends
+# with an escaped LF.
 EHLO = r"""
-C: EHLO app.test
-S: 250-HOST
-S: 250-SIZE 33554432
-S: 250-8BITMIME
-S: 250-SMTPUTF8
-S: 250-PIPELINING
-S: 250-ENHANCEDSTATUSCODES
-S: 250-CHUNKING
-S: 250-DSN
-S: 250-HELP
-S: 250 AUTH PLAIN LOGIN XOAUTH2
+EHLO app.test       -> 250-HOST
+                    -> 250-SIZE 33554432
+                    -> 250-8BITMIME
+                    -> 250-SMTPUTF8
+                    -> 250-PIPELINING
+                    -> 250-ENHANCEDSTATUSCODES
+                    -> 250-CHUNKING
+                    -> 250-DSN
+                    -> 250-HELP
+                    -> 250 AUTH PLAIN LOGIN XOAUTH2
+"""
+RECIPIENT = """
+MAIL FROM:<a@x>     -> 250 2.1.0 Sender OK
+RCPT TO:<b@y>       -> 250 2.1.5 Recipient OK
 """
 
 DIALOGUES = {
     "message after EHLO": rf"""
-S: 220 HOST ESMTP dsmtpd VERSION
 {EHLO}
-C: MAIL FROM:<app@example.com> SIZE=100 BODY=8BITMIME
-S: 250 2.1.0 Sender OK
-C: RCPT TO:<user@test.com>
-S: 250 2.1.5 Recipient OK
-C: DATA
-S: 354 End data with <CR><LF>.<CR><LF>
-C: Subject: Hello
-C:
-C: ..one dot
-C: .
-S: 250 2.0.0 Message accepted
-C: QUIT
-S: 221 2.0.0 Bye
-C: NOOP
+MAIL FROM:<app@example.com> SIZE=100 BODY=8BITMIME -> 250 2.1.0 Sender OK
+RCPT TO:<user@test.com> -> 250 2.1.5 Recipient OK
+DATA                -> 354 End data with <CR><LF>.<CR><LF>
+Subject: Hello
+\r\n
+..one dot
+.                   -> 250 2.0.0 Message accepted
+QUIT                -> 221 2.0.0 Bye
+NOOP
 """,
-    "message after HELO": r"""
-S: 220 HOST ESMTP dsmtpd VERSION
-C: helo app
-S: 250 HOST
-C: mail from: <>
-S: 250 2.1.0 Sender OK
-C: rcpt to: <Postmaster>
-S: 250 2.1.5 Recipient OK
-C: data
-S: 354 End data with <CR><LF>.<CR><LF>
-C: .
-S: 250 2.0.0 Message accepted
+    "message after HELO": """
+helo app            -> 250 HOST
+mail from: <>       -> 250 2.1.0 Sender OK
+rcpt to: <Postmaster> -> 250 2.1.5 Recipient OK
+data                -> 354 End data with <CR><LF>.<CR><LF>
+.                   -> 250 2.0.0 Message accepted
 """,
-    "errors keep the transaction": r"""
-S: 220 HOST ESMTP dsmtpd VERSION
-C: HELO app
-S: 250 HOST
-C: MAIL FROM:<a@x>
-S: 250 2.1.0 Sender OK
-C: MAIL FROM:<b@x>
-S: 503 5.5.1 Nested MAIL command
-C: RCPT TO:<>
-S: 501 5.1.3 Bad address syntax
-C: DATA
-S: 503 5.5.1 Send MAIL and RCPT first
-C: RCPT TO:<b@y>
-S: 250 2.1.5 Recipient OK
-C: RSET now
-S: 501 5.5.4 No argument allowed
-C: DATA
-S: 354 End data with <CR><LF>.<CR><LF>
-C: text
-C: .
-S: 250 2.0.0 Message accepted
+    "errors keep the transaction": """
+HELO app            -> 250 HOST
+MAIL FROM:<a@x>     -> 250 2.1.0 Sender OK
+MAIL FROM:<b@x>     -> 503 5.5.1 Nested MAIL command
+RCPT TO:<>          -> 501 5.1.3 Bad address syntax
+DATA                -> 503 5.5.1 Send MAIL and RCPT first
+RCPT TO:<b@y>       -> 250 2.1.5 Recipient OK
+RSET now            -> 501 5.5.4 No argument allowed
+DATA                -> 354 End data with <CR><LF>.<CR><LF>
+text
+.                   -> 250 2.0.0 Message accepted
 """,
     "lines that end with LF": r"""
-S: 220 HOST ESMTP dsmtpd VERSION
-N: HELO me
-S: 250 HOST
-N: MAIL FROM:<me@x>
-S: 250 2.1.0 Sender OK
-N: RCPT TO:<you@y>
-S: 250 2.1.5 Recipient OK
-N: DATA
-S: 354 End data with <CR><LF>.<CR><LF>
-N: Hello
-N: ..
-C: .
-N: .
-S: 250 2.0.0 Message accepted
-N: QUIT
-S: 221 2.0.0 Bye
+HELO me\n           -> 250 HOST
+MAIL FROM:<me@x>\n  -> 250 2.1.0 Sender OK
+RCPT TO:<you@y>\n   -> 250 2.1.5 Recipient OK
+DATA\n              -> 354 End data with <CR><LF>.<CR><LF>
+Hello\n
+..\n
+.
+.\n                 -> 250 2.0.0 Message accepted
+QUIT\n              -> 221 2.0.0 Bye
 """,
-    "HELP lists the commands": r"""
-S: 220 HOST ESMTP dsmtpd VERSION
-C: HELP
-S: 214-2.0.0 Commands:
-S: 214 2.0.0 EHLO HELO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY HELP STARTTLS AUTH
+    "HELP lists the commands": """
+HELP -> 214-2.0.0 Commands:
+     -> 214 2.0.0 EHLO HELO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY HELP STARTTLS AUTH
 """,
-    "AUTH": r"""
-S: 220 HOST ESMTP dsmtpd VERSION
-C: EHLO app
-S: 250-HOST
-S: 250-SIZE 33554432
-S: 250-8BITMIME
-S: 250-SMTPUTF8
-S: 250-PIPELINING
-S: 250-ENHANCEDSTATUSCODES
-S: 250-CHUNKING
-S: 250-DSN
-S: 250-HELP
-S: 250 AUTH PLAIN LOGIN XOAUTH2
-C: AUTH login
-S: 334 VXNlcm5hbWU6
-C: dXNlcg==
-S: 334 UGFzc3dvcmQ6
-C: *
-S: 501 5.7.0 Authentication cancelled
-C: auth plain
-S: 334\x20
-C: AHVzZXIAc2VjcmV0
-S: 235 2.7.0 Authentication successful
-C: AUTH PLAIN AHVzZXIAc2VjcmV0
-S: 503 5.5.1 Already authenticated
-C: EHLO app
-S: 250-HOST
-S: 250-SIZE 33554432
-S: 250-8BITMIME
-S: 250-SMTPUTF8
-S: 250-PIPELINING
-S: 250-ENHANCEDSTATUSCODES
-S: 250-CHUNKING
-S: 250-DSN
-S: 250 HELP
-C: MAIL FROM:<a@x>
-S: 250 2.1.0 Sender OK
+    "AUTH": rf"""
+{EHLO}
+AUTH login          -> 334 VXNlcm5hbWU6
+dXNlcg==            -> 334 UGFzc3dvcmQ6
+*                   -> 501 5.7.0 Authentication cancelled
+auth plain          -> 334\x20
+AHVzZXIAc2VjcmV0    -> 235 2.7.0 Authentication successful
+AUTH PLAIN AHVzZXIA -> 503 5.5.1 Already authenticated
+{EHLO.replace("250-HELP", "250 HELP").replace("-> 250 AUTH PLAIN LOGIN XOAUTH2", "")}
+MAIL FROM:<a@x>     -> 250 2.1.0 Sender OK
 """,
-    "BDAT": r"""
-S: 220 HOST ESMTP dsmtpd VERSION
-C: HELO app
-S: 250 HOST
-C: BDAT 4
-S: 503 5.5.1 Send MAIL and RCPT first
-C: ab
-C: MAIL FROM:<a@x>
-S: 250 2.1.0 Sender OK
-C: BDAT 6 LAST
-S: 503 5.5.1 Send MAIL and RCPT first
-C: QUIT
-C: RCPT TO:<b@y>
-S: 250 2.1.5 Recipient OK
-C: bdat 6
-C: .\r\n.
-S: 250 2.0.0 OK
-C: RCPT TO:<c@y>
-S: 503 5.5.1 RCPT is not allowed after BDAT
-C: DATA
-S: 503 5.5.1 DATA is not allowed after BDAT
-C: BDAT 0
-S: 250 2.0.0 OK
-C: NOOP
-S: 250 2.0.0 OK
-C: BDAT 3 last
-C: a
-S: 250 2.0.0 Message accepted
-C: MAIL FROM:<a@x>
-S: 250 2.1.0 Sender OK
-C: RCPT TO:<b@y>
-S: 250 2.1.5 Recipient OK
-C: BDAT 5
-C: abc
-S: 250 2.0.0 OK
-C: RSET
-S: 250 2.0.0 OK
-C: MAIL FROM:<a@x>
-S: 250 2.1.0 Sender OK
-C: RCPT TO:<b@y>
-S: 250 2.1.5 Recipient OK
-C: BDAT 99999999
-C: QUIT
-C: .
+    "BDAT": rf"""
+HELO app            -> 250 HOST
+BDAT 4
+ab                  -> 503 5.5.1 Send MAIL and RCPT first
+MAIL FROM:<a@x>     -> 250 2.1.0 Sender OK
+BDAT 6 LAST
+QUIT                -> 503 5.5.1 Send MAIL and RCPT first
+RCPT TO:<b@y>       -> 250 2.1.5 Recipient OK
+bdat 6
+.\r\n.              -> 250 2.0.0 OK
+RCPT TO:<c@y>       -> 503 5.5.1 RCPT is not allowed after BDAT
+DATA                -> 503 5.5.1 DATA is not allowed after BDAT
+BDAT 0              -> 250 2.0.0 OK
+NOOP                -> 250 2.0.0 OK
+BDAT 3 last
+a                   -> 250 2.0.0 Message accepted
+{RECIPIENT}
+BDAT 5
+abc                 -> 250 2.0.0 OK
+RSET                -> 250 2.0.0 OK
+{RECIPIENT}
+BDAT 99999999
+QUIT
+.
 """,
-    "HTTP request": r"""
-S: 220 HOST ESMTP dsmtpd VERSION
-C: POST / HTTP/1.1
-S: 421 4.7.0 HTTP request refused
-C: MAIL FROM:<a@x>
-C: RCPT TO:<b@y>
+    "HTTP request": """
+POST / HTTP/1.1     -> 421 4.7.0 HTTP request refused
+MAIL FROM:<a@x>
+RCPT TO:<b@y>
 """,
 }
 
 
 def exchanges(dialogue: str) -> Iterator[tuple[bytes, bytes]]:
-    """Yield each line of the client with the replies to it; the first pair is the greeting."""
-    sent = b""
-    replies = b""
-    for line in dialogue.strip().splitlines():
-        if line.startswith("S:"):
-            text = (
-                line[3:]
-                .replace("HOST", dsmtpd.HOSTNAME)
-                .replace(r"\x20", " ")
-                .replace("VERSION", dsmtpd.__version__)
-            )
-            replies += text.encode() + b"\r\n"
-        elif line:
-            yield sent, replies
-            text = line[3:].encode().decode("unicode_escape")
-            sent, replies = text.encode("latin-1") + (b"\n" if line[0] == "N" else b"\r\n"), b""
-    yield sent, replies
+    """Yield each line of the client with the replies to it."""
+    for part in re.split(r"\s*\n(?=\S)", dialogue.strip()):
+        texts = [text.strip().replace("HOST", dsmtpd.HOSTNAME) for text in part.split("->")]
+        sent, *replies = [text.encode().decode("unicode_escape") for text in texts]
+        line_end = "" if sent.endswith("\n") else "\r\n"
+        yield f"{sent}{line_end}".encode(), "".join(f"{reply}\r\n" for reply in replies).encode()
 
 
 @pytest.mark.parametrize("name", DIALOGUES)
 def test_dialogue(name: str) -> None:
     """The replies are the same line by line, byte by byte and all at once (pipelining)."""
+    by_line, all_at_once, by_byte = Client(), Client(), Client()
+    greeting = f"220 {dsmtpd.HOSTNAME} ESMTP dsmtpd {dsmtpd.__version__}\r\n"
+    assert by_line.greeting == greeting.encode()
     pairs = list(exchanges(DIALOGUES[name]))
-    by_line = Client()
-    assert by_line.greeting == pairs[0][1]
-    for sent, replies in pairs[1:]:
+    for sent, replies in pairs:
         assert by_line.send(sent) == replies, sent
     data = b"".join(sent for sent, _ in pairs)
-    expected = b"".join(replies for _, replies in pairs[1:])
-    all_at_once, by_byte = Client(), Client()
-    assert all_at_once.send(data) == expected
-    assert b"".join(by_byte.send(bytes([byte])) for byte in data) == expected
+    expected = b"".join(replies for _, replies in pairs)
+    assert all_at_once.send(data) == by_byte.send_in_pieces(data, 1) == expected
     envelopes = without_early_talker(by_line)
     assert envelopes == without_early_talker(all_at_once) == without_early_talker(by_byte)
 
@@ -358,26 +330,14 @@ AUTH X      503    504   504   503   503
 AUTH PLAIN  503    334   334   503   503
 AUTH LOGIN  503    334   334   503   503
 BDAT        501    501   501   501   501
-BDAT 1      503    503   503   503   -
+BDAT 1      -      -     -     -     -
 BDAT 0      503    503   503   503   250
 BDAT x LAST 501    501   501   501   501
 TURN        502    502   502   502   502
-ETRN x      502    502   502   502   502
-ATRN        502    502   502   502   502
 SEND F      502    502   502   502   502
-SOML F      502    502   502   502   502
-SAML F      502    502   502   502   502
 XYZZY       500    500   500   500   500
 .           500    500   500   500   500
 GET /       421    421   421   421   421
-PUT /       421    421   421   421   421
-HEAD /      421    421   421   421   421
-OPTIONS *   421    421   421   421   421
-CONNECT x   421    421   421   421   421
-DELETE /    421    421   421   421   421
-PATCH /     421    421   421   421   421
-PRI *       421    421   421   421   421
-Host: x     421    421   421   421   421
 """
 # The commands that lead to each state.
 STATES = {
@@ -406,23 +366,12 @@ def test_command_in_state(state: str, command: str, code: str) -> None:
 
 def test_transaction_after_command() -> None:
     """Errors, NOOP, VRFY and HELP keep the transaction; RSET, EHLO and HELO abort it."""
-    for command in (
-        "XYZZY",
-        "NOOP",
-        "VRFY x",
-        "HELP",
-        "EXPN x",
-        "MAIL FROM:<a@x>",
-        "EHLO",
-        "QUIT x",
-    ):
+    for command in "XYZZY|NOOP|VRFY x|HELP|EXPN x|MAIL FROM:<a@x>|EHLO|QUIT x".split("|"):
         client = client_with_recipient()
-        client.codes(command)
-        assert client.codes("DATA") == "354", command
+        assert client.codes(command, "DATA").endswith(" 354"), command
     for command in ("RSET", "EHLO x", "HELO x"):
         client = client_with_recipient()
-        client.codes(command)
-        assert client.codes("RCPT TO:<b@y>", "MAIL FROM:<a@x>") == "503 250", command
+        assert client.codes(command, "RCPT TO:<b@y>", "MAIL FROM:<a@x>") == "250 503 250", command
 
 
 @pytest.mark.parametrize(
@@ -444,8 +393,9 @@ def test_transaction_after_command() -> None:
         ("R\tSET", "500 5.5.2"),
         ("", "500 5.5.2"),
         ("R\u017fET", "500 5.5.2"),
-        ("EXPN x", "502 5.5.1"),
         ("VRFY", "501 5.5.4"),
+        *((verb, "502 5.5.1") for verb in "EXPN TURN ETRN ATRN SEND SOML SAML".split()),
+        *((verb, "421") for verb in "PUT HEAD OPTIONS CONNECT DELETE PATCH PRI Host:".split()),
     ],
 )
 def test_command_syntax(line: str, expected: str) -> None:
@@ -468,71 +418,44 @@ VALID_PATHS = {
     "<a@[ipv6:2001:db8::127.0.0.1]>": "a@[ipv6:2001:db8::127.0.0.1]",
     "<a@[x-tag:some;thing]>": "a@[x-tag:some;thing]",
     "<Postmaster>": "Postmaster",
-    "<root>": "root",
     "<@relay.test:a@b>": "a@b",
     "<@one.test,@two.test:a@b>": "a@b",
     " <a@b>": "a@b",
     f"<{'a' * 300}@{'b' * 300}>": f"{'a' * 300}@{'b' * 300}",
 }
-# The path, and the enhanced status code; BAD is 5.1.7 for MAIL and 5.1.3 for RCPT.
+# Paths that are refused, by the enhanced status code; BAD is 5.1.7 for MAIL and 5.1.3 for RCPT.
 INVALID_PATHS = {
-    "a@b": "5.5.4",
-    "": "5.5.4",
-    "<a@b": "5.5.4",
-    "<a@b>x": "5.5.4",
-    "<a@b>>": "5.5.4",
-    "<a b@c>": "BAD",
-    '<"a@b>': "BAD",
-    '<a"b@c>': "BAD",
-    "<.a@b>": "BAD",
-    "<a.@b>": "BAD",
-    "<a..b@c>": "BAD",
-    "<a@>": "BAD",
-    "<@b>": "BAD",
-    "<@b:>": "BAD",
-    "<a@b@c>": "BAD",
-    "<a@-b>": "BAD",
-    "<a@b->": "BAD",
-    "<a@b..c>": "BAD",
-    "<a@_>x": "5.5.4",
-    "<a@b c>": "BAD",
-    "<a@[256.0.0.1]>": "BAD",
-    "<a@[1.2.3]>": "BAD",
-    "<a@[IPv6:1::2::3]>": "BAD",
-    "<a@[IPv6:]>": "BAD",
-    "<a@[x]>": "BAD",
-    "<a@[]>": "BAD",
-    "<a\rb@c>": "BAD",
-    "<a\x00b@c>": "BAD",
-    "<a\tb@c>": "BAD",
-    "<a\x1bb@c>": "BAD",
-    "<a\x7fb@c>": "BAD",
-    '<"a\rb"@c>': "BAD",
-    '<"a\\\x00b"@c>': "BAD",
-    "<a\x85b@c>": "BAD",
-    "<a\u2028b@c>": "BAD",
-    "<a@b\u2029c>": "BAD",
+    "5.5.4": ["a@b", "", "<a@b", "<a@b>x", "<a@b>>", "<a@_>x"],
+    "5.5.2": ["<a\udcff@b>"],  # an octet that is not UTF-8
+    "BAD": [
+        *["<a b@c>", '<"a@b>', '<a"b@c>', "<.a@b>", "<a.@b>", "<a..b@c>", "<a@>", "<@b>", "<@b:>"],
+        *["<a@b@c>", "<a@-b>", "<a@b->", "<a@b..c>", "<a@b c>", "<a@[256.0.0.1]>", "<a@[1.2.3]>"],
+        *["<a@[IPv6:1::2::3]>", "<a@[IPv6:]>", "<a@[x]>", "<a@[]>", "<a\rb@c>", "<a\x00b@c>"],
+        *["<a\tb@c>", "<a\x1bb@c>", "<a\x7fb@c>", '<"a\rb"@c>', '<"a\\\x00b"@c>', "<a\x85b@c>"],
+        *["<a\u2028b@c>", "<a@b\u2029c>"],
+    ],
 }
 
 
 @pytest.mark.parametrize("path", VALID_PATHS)
 def test_valid_path(path: str) -> None:
     client = Client()
-    assert client.codes("EHLO x", f"MAIL FROM:{path}", f"RCPT TO:{path}") == "250 250 250"
-    assert client.codes("DATA", ".") == "354 250"
+    client.deliver("", "EHLO x", f"MAIL FROM:{path}", f"RCPT TO:{path}")
     assert client.envelopes[0].mail_from == VALID_PATHS[path]
     assert client.envelopes[0].rcpt_tos == [VALID_PATHS[path]]
 
 
-@pytest.mark.parametrize("path", INVALID_PATHS)
-def test_invalid_path(path: str) -> None:
-    client = Client()
-    client.codes("EHLO x")
-    reply = client.send(f"MAIL FROM:{path} SMTPUTF8\r\n".encode()).decode()
-    assert reply.startswith("501 " + INVALID_PATHS[path].replace("BAD", "5.1.7")), reply
-    client.codes("MAIL FROM:<> SMTPUTF8")
-    reply = client.send(f"RCPT TO:{path}\r\n".encode()).decode()
-    assert reply.startswith("501 " + INVALID_PATHS[path].replace("BAD", "5.1.3")), reply
+@pytest.mark.parametrize("status", INVALID_PATHS)
+def test_invalid_path(status: str) -> None:
+    for path in INVALID_PATHS[status]:
+        client = Client()
+        client.codes("EHLO x")
+        line = f"MAIL FROM:{path} SMTPUTF8\r\n".encode("utf-8", "surrogateescape")
+        reply = client.send(line).decode()
+        assert reply.startswith("501 " + status.replace("BAD", "5.1.7")), path
+        client.codes("MAIL FROM:<> SMTPUTF8")
+        reply = client.send(f"RCPT TO:{path}\r\n".encode("utf-8", "surrogateescape")).decode()
+        assert reply.startswith("501 " + status.replace("BAD", "5.1.3")), path
 
 
 @pytest.mark.parametrize("address", ["é@x.test", "a@bücher.test", '"é x"@x.test', "用户@例子.广告"])
@@ -546,77 +469,39 @@ def test_non_ascii_address(address: str) -> None:
     assert client.envelopes[0].protocol == "UTF8SMTP"
 
 
-def test_address_with_invalid_utf8() -> None:
-    client = Client()
-    client.codes("EHLO x")
-    for parameter in (b"", b" SMTPUTF8"):
-        reply = client.send(b"MAIL FROM:<a\xff@x>" + parameter + b"\r\n")
-        assert reply.startswith(b"501 5.5.2")
+# Parameters, between two spaces, by the verb and the reply.
+PARAMETERS = {
+    "MAIL 250": "SIZE=0  size=33554432  BODY=7bit  body=8BITMIME  SMTPUTF8  AUTH=<>  RET=FULL"
+    "  AUTH=e+3Dmc2@example.com  RET=hdrs ENVID=QQ314159  ENVID=a+2Bb",
+    "MAIL 501 5.5.4": "SIZE=  SIZE  SIZE=-1  SIZE=1x  SIZE=1 SIZE=1  BODY=9BIT  BODY=BINARYMIME"
+    "  BODY=8B\u0131TM\u0131ME  SMTPUTF8=1  SMTPUTF8=  AUTH=a+b  RET=SOME  ENVID=  ENVID=a=b"
+    "  ENVID=a+0Ab  ENVID=a+7Fb",
+    "MAIL 552 5.3.4": "SIZE=33554433",
+    "MAIL 555 5.5.4": "\u017fIZE=1  NOTIFY=NEVER  X=1  =",
+    "RCPT 250": "NOTIFY=NEVER  NOTIFY=SUCCESS,failure,DELAY  ORCPT=rfc822;a+40b@c"
+    "  ORCPT=utf-8;a\\x{E9}@b",
+    "RCPT 501 5.5.4": "NOTIFY=NEVER,SUCCESS  NOTIFY=  NOTIFY=FA\u0131LURE  ORCPT=utf-8;a+E9@b"
+    "  ORCPT=rfc822;\u00e9@b  ORCPT=a@b  ORCPT=rfc822;a+0Db@c  ORCPT=rfc822;a ORCPT=rfc822;a",
+    "RCPT 553 5.6.7": "ORCPT=utf-8;\u00e9@b",
+    "RCPT 555 5.5.4": "SIZE=1",
+}
 
 
-PARAMETERS = [
-    ("MAIL", "SIZE=0", "250"),
-    ("MAIL", "size=33554432", "250"),
-    ("MAIL", "SIZE=33554433", "552 5.3.4"),
-    ("MAIL", "SIZE=", "501 5.5.4"),
-    ("MAIL", "SIZE", "501 5.5.4"),
-    ("MAIL", "SIZE=-1", "501 5.5.4"),
-    ("MAIL", "SIZE=1x", "501 5.5.4"),
-    ("MAIL", "SIZE=1 SIZE=1", "501 5.5.4"),
-    ("MAIL", "\u017fIZE=1", "555 5.5.4"),
-    ("MAIL", "BODY=7bit", "250"),
-    ("MAIL", "body=8BITMIME", "250"),
-    ("MAIL", "BODY=9BIT", "501 5.5.4"),
-    ("MAIL", "SMTPUTF8", "250"),
-    ("MAIL", "SMTPUTF8=1", "501 5.5.4"),
-    ("MAIL", "SMTPUTF8=", "501 5.5.4"),
-    ("MAIL", "AUTH=<>", "250"),
-    ("MAIL", "AUTH=e+3Dmc2@example.com", "250"),
-    ("MAIL", "AUTH=a+b", "501 5.5.4"),
-    ("MAIL", "RET=FULL", "250"),
-    ("MAIL", "RET=hdrs ENVID=QQ314159", "250"),
-    ("MAIL", "RET=SOME", "501 5.5.4"),
-    ("MAIL", "ENVID=", "501 5.5.4"),
-    ("MAIL", "ENVID=a=b", "501 5.5.4"),
-    ("MAIL", "ENVID=a+2Bb", "250"),
-    ("MAIL", "ENVID=a+0Ab", "501 5.5.4"),
-    ("MAIL", "ENVID=a+7Fb", "501 5.5.4"),
-    ("MAIL", "NOTIFY=NEVER", "555 5.5.4"),
-    ("MAIL", "X=1", "555 5.5.4"),
-    ("MAIL", "=", "555 5.5.4"),
-    ("RCPT", "NOTIFY=NEVER", "250"),
-    ("RCPT", "NOTIFY=SUCCESS,failure,DELAY", "250"),
-    ("RCPT", "NOTIFY=NEVER,SUCCESS", "501 5.5.4"),
-    ("RCPT", "NOTIFY=", "501 5.5.4"),
-    ("RCPT", "ORCPT=rfc822;a+40b@c", "250"),
-    ("RCPT", "ORCPT=utf-8;a\\x{E9}@b", "250"),
-    ("RCPT", "ORCPT=utf-8;a+E9@b", "501 5.5.4"),
-    ("RCPT", "ORCPT=utf-8;\u00e9@b", "553 5.6.7"),
-    ("RCPT", "ORCPT=rfc822;\u00e9@b", "501 5.5.4"),
-    ("RCPT", "ORCPT=a@b", "501 5.5.4"),
-    ("RCPT", "ORCPT=rfc822;a+0Db@c", "501 5.5.4"),
-    ("RCPT", "ORCPT=rfc822;a ORCPT=rfc822;a", "501 5.5.4"),
-    ("RCPT", "SIZE=1", "555 5.5.4"),
-]
-
-
-@pytest.mark.parametrize(("verb", "parameters", "expected"), PARAMETERS)
-def test_parameters(verb: str, parameters: str, expected: str) -> None:
-    client = Client()
-    client.codes("EHLO x")
-    if verb == "RCPT":
-        client.codes("MAIL FROM:<a@b>")
+@pytest.mark.parametrize("key", PARAMETERS)
+def test_parameters(key: str) -> None:
+    verb, _, expected = key.partition(" ")
     path = "FROM:<a@b>" if verb == "MAIL" else "TO:<c@d>"
-    reply = client.send(f"{verb} {path} {parameters}\r\n".encode()).decode()
-    assert reply.startswith(expected), reply
+    for parameters in PARAMETERS[key].split("  "):
+        client = Client()
+        client.codes("EHLO x", *(["MAIL FROM:<a@b>"] if verb == "RCPT" else []))
+        reply = client.send(f"{verb} {path} {parameters}\r\n".encode()).decode()
+        assert reply.startswith(expected), parameters
 
 
 def test_parameters_in_envelope() -> None:
     client = Client()
-    client.codes(
-        "EHLO x", "MAIL FROM:<a@b> size=3  SMTPUTF8 RET=FULL", "RCPT TO:<c@d> NOTIFY=NEVER"
-    )
-    client.codes("RCPT TO:<e@f>", "DATA", ".")
+    sender, recipient = "MAIL FROM:<a@b> size=3  SMTPUTF8 RET=FULL", "RCPT TO:<c@d> NOTIFY=NEVER"
+    client.deliver("", "EHLO x", sender, recipient, "RCPT TO:<e@f>")
     assert client.envelopes[0].mail_options == {"SIZE": "3", "SMTPUTF8": "", "RET": "FULL"}
     assert client.envelopes[0].rcpt_options == [{"NOTIFY": "NEVER"}, {}]
 
@@ -625,12 +510,6 @@ def test_parameters_require_ehlo() -> None:
     client = Client()
     assert client.codes("HELO x", "MAIL FROM:<a@b> SIZE=1", "MAIL FROM:<a@b>") == "250 555 250"
     assert client.codes("RCPT TO:<c@d> NOTIFY=NEVER", "RCPT TO:<c@d>  ") == "555 250"
-
-
-def test_without_smtputf8() -> None:
-    client = Client(smtputf8=False)
-    assert b"SMTPUTF8" not in client.send(b"EHLO x\r\n")
-    assert client.codes("MAIL FROM:<a@b> SMTPUTF8", "MAIL FROM:<é@b>") == "555 553"
 
 
 @pytest.mark.parametrize(
@@ -647,7 +526,8 @@ def test_without_smtputf8() -> None:
 )
 def test_content_without_smtputf8(body: str, content: str, expected: str) -> None:
     client = Client(smtputf8=False)
-    client.codes("EHLO x", f"MAIL FROM:<a@b> BODY={body}", "RCPT TO:<c@d>", "DATA")
+    assert b"SMTPUTF8" not in client.send(b"EHLO x\r\n")
+    client.codes(f"MAIL FROM:<a@b> BODY={body}", "RCPT TO:<c@d>", "DATA")
     reply = client.send(content.encode() + b"\r\n.\r\n").decode()
     assert reply.startswith(expected), reply
     assert client.codes("MAIL FROM:<a@b>") == "250"
@@ -656,33 +536,14 @@ def test_content_without_smtputf8(body: str, content: str, expected: str) -> Non
 # --- Content ------------------------------------------------------------------------------
 
 CONTENTS = [
-    b"",
-    b"\r\n",
-    b".\r\n",
-    b"..\r\n.\r\n...\r\n",
-    b"no line end\r\n",
-    b"\x00\xff\x80\r\n",
-    b"bare \r and \n and \r\r\n\n\r\n",
-    b"a\r\n\r\n\r\nb\r\n",
-    b"x" * 1_000_000 + b"\r\n",
-    bytes(range(256)) * 40 + b"\r\n",
-    b"\r\r\r\n.\n.\r.\r\n",
+    *[b"", b"\r\n", b".\r\n", b"..\r\n.\r\n...\r\n", b"no line end\r\n", b"\x00\xff\x80\r\n"],
+    *[b"bare \r and \n and \r\r\n\n\r\n", b"a\r\n\r\n\r\nb\r\n", b"\r\r\r\n.\n.\r.\r\n"],
+    *[b"x" * 1_000_000 + b"\r\n", bytes(range(256)) * 40 + b"\r\n"],
 ]
 # Sequences that some servers accept as the end of the content (SMTP smuggling).
 NOT_TERMINATORS = [
-    b"\n.\n",
-    b"\n.\r\n",
-    b"\r.\r",
-    b"\r.\r\n",
-    b"\r\n.\r",
-    b"\r\n.\n",
-    b"\n.\r",
-    b"\r.\n",
-    b"\r\n\x00.\r\n",
-    b"\r\n.\x00\r\n",
-    b"\r\n.\r\r\n",
-    b"\r\n.\n\r\n",
-    b"\r\r\n.\r\r\n",
+    *[b"\n.\n", b"\n.\r\n", b"\r.\r", b"\r.\r\n", b"\r\n.\r", b"\r\n.\n", b"\n.\r", b"\r.\n"],
+    *[b"\r\n\x00.\r\n", b"\r\n.\x00\r\n", b"\r\n.\r\r\n", b"\r\n.\n\r\n", b"\r\r\n.\r\r\n"],
     b"\r\n. \r\n",
 ]
 
@@ -699,16 +560,10 @@ def dot_stuffed(content: bytes, eol: bytes = b"\r\n") -> bytes:
 @pytest.mark.parametrize("content", CONTENTS, ids=range(len(CONTENTS)))
 def test_content_is_unchanged(content: bytes) -> None:
     data = dot_stuffed(content) + b"NOOP\r\n"
-    generator = random.Random(1)
-    for _ in range(200 if len(data) < 20_000 else 10):
+    for size in (1, 2, 3, 5, 100, 100_000) if len(data) < 20_000 else (100, 100_000):
         client = client_with_recipient()
         client.codes("DATA")
-        replies = b""
-        remaining = data
-        while remaining:
-            size = generator.choice([1, 2, 3, 5, 100, 100_000])
-            replies += client.send(remaining[:size])
-            remaining = remaining[size:]
+        replies = client.send_in_pieces(data, size)
         assert replies == b"250 2.0.0 Message accepted\r\n250 2.0.0 OK\r\n"
         assert client.envelopes[0].content == content
 
@@ -719,28 +574,10 @@ def test_other_sequences_do_not_end_content(text: bytes) -> None:
     for size in (1, len(data)):
         client = client_with_recipient()
         client.codes("DATA")
-        for i in range(0, len(data), size):
-            assert client.send(data[i : i + size]) == b""
+        assert client.send_in_pieces(data, size) == b""
         assert client.send(b".\r\n") == b"250 2.0.0 Message accepted\r\n"
         # The server removes a leading dot that is not part of the terminator.
         assert client.envelopes[0].content == data.replace(b"\r\n.", b"\r\n")
-
-
-@pytest.mark.parametrize("cut", range(1, 8))
-def test_split_terminator(cut: int) -> None:
-    client = client_with_recipient()
-    client.codes("DATA")
-    data = b"ab\r\n.\r\n"
-    assert client.send(data[:cut]) + client.send(data[cut:]) == b"250 2.0.0 Message accepted\r\n"
-    assert client.envelopes[0].content == b"ab\r\n"
-
-
-def test_content_after_data_with_bare_lf() -> None:
-    client = client_with_recipient()
-    assert client.send(b"DATA\n").startswith(b"354")
-    assert client.send(b"a\r\n.\r\n..b\n.\r\nc\r\n.") == b""
-    assert client.send(b"\n") == b"250 2.0.0 Message accepted\r\n"
-    assert client.envelopes[0].content == b"a\r\n\r\n.b\n\r\nc\r\n"
 
 
 def test_envelope() -> None:
@@ -768,7 +605,11 @@ def test_envelope() -> None:
 
 SUBJECTS = {
     b"Subject: Welcome Email\r\n\r\nText": "Welcome Email",
-    b"To: a\r\nsubject:\ta\r\n\tb\r\n  c\r\nX: y\r\n": "a b c",
+    b"To: a\r\nsubject:\ta\r\n\tb\r\n  c\r\nX: y\r\n": "a\tb  c",
+    b"X : y\r\nSubject\t: a\r\n\r\n": "a",
+    b"X: y\r\r\nSubject: a\r\r\n b\r\r\n\r\r\nText\r\r\n": "a b",
+    b"From a@b Sat Nov 21\r\nSubject: mbox\r\n\r\n": "mbox",
+    b"No field\r\nSubject: in the body\r\n": "",
     b"X: y\r\n Subject: folded\r\n\r\n": "",
     b"X: y\r\n\r\nSubject: in the body\r\n": "",
     b"\r\nSubject: in the body\r\n": "",
@@ -778,9 +619,14 @@ SUBJECTS = {
     b"Subject: \xff\r\n": "\ufffd",
     "Subject: h\u20ac=?utf-8?q?=E2=82=AC?= b\r\n".encode(): "h\u20ac\u20ac b",
     b"Subject: =?nothing?q?a?=\r\n": "=?nothing?q?a?=",
-    b"Subject: =?utf-8?b?a?=\r\n": "=?utf-8?b?a?=",
+    b"Subject: =?utf-8?b?a?=\r\n": "",
     b"Subject: =?utf-7?q?+2AA-?=\r\n": "?",
-    b"Subject: =?utf-8?q?a=0D=0Ab?=\r\n": "a b",
+    b"Subject: =?utf-8?q?a=0D=0Ab?=\r\n": "a\r\nb",
+    b"Subject: =?UTF-8?Q?_=C2=A0a__b=E3=80=80?=\r\n\t=?utf-8?b?w6kg?=\r\n": " \xa0a  b\u3000é ",
+    b"Subject: =?utf-8?q?M=C3?= =?UTF-8?q?=BCnchen?= =?us-ascii?q?er?= x\r\n": "Münchener x",
+    b"Subject: (=?utf-8*de?q?a b?==?latin1?b?6Q?=)\r\n": "(a b\xe9)",
+    b"Subject: =?nothing?q?a?= =?nothing?q?b?=\r\n": "=?nothing?q?a?= =?nothing?q?b?=",
+    b"Subject: =?euc-jp?b?raIgjrE?= =?utf-8?q?=E2=82=C3=A9?=\r\n": "② ｱ\ufffdé",
     b"Subject": "",
     b"": "",
 }
@@ -818,8 +664,96 @@ def test_decoded_parts() -> None:
         ("", "message/rfc822"),
     ]
     assert message.attachments[0].content == b"a text file\r\n"
-    assert b"%PDF" not in message.attachments[0].content
-    assert message.attachments[1].content.startswith(b"From: =?")
+    assert message.attachments[1].content == HTML_MESSAGE.as_bytes(policy=email.policy.SMTP)
+
+
+# Lines; "|" is a line end. Then the text, the HTML, and the attachments: name, type and content.
+STRUCTURES: list[tuple[str, str, str, list[tuple[str, str, bytes]]]] = [
+    ("Subject: x||Text", "Text", "", []),
+    ("Text| more", "Text\n more", "", []),
+    (" Text", " Text", "", []),
+    ("|Text", "Text", "", []),
+    ("Content-Type : text/html|X-Y\t: z||<p>", "", "<p>", []),
+    ("Content-Type: application/json||{}", "", "", [("", "application/json", b"{}")]),
+    (
+        "Content-Type: multipart/alternative; boundary=a b=1'|||--a b=1'||1|--a b=1'"
+        "|Content-Type: text/html||2|--a b=1'|Content-Type: text/x-amp-html||3"
+        "|--a b=1'|Content-Type: Text/Calendar; method=REQUEST||4|--a b=1'--|epilogue",
+        "1",
+        "2",
+        [("", "text/x-amp-html", b"3"), ("", "text/calendar", b"4")],
+    ),
+    # The second text, an empty part, a part without an end, lines that are no delimiters
+    (
+        'Content-Type: multipart/mixed; boundary="B:1"||preamble|--B:1 |X: y||1|--B:12|2||--B:1|'
+        "Content-Type: text/plain||3|--B:1|--B:1|Content-Type: text/csv||4|",
+        "1\n--B:12\n2\n",
+        "",
+        [("", "text/plain", b"3"), ("", "text/plain", b""), ("", "text/csv", b"4\r\n")],
+    ),
+    # Multiparts in multiparts, of which one is not closed and one has no parts
+    (
+        "Content-Type: multipart/mixed; boundary=1||--1|Content-Type: multipart/related; boundary=2"
+        "||--2|Content-Type: multipart/alternative; boundary=3||--3||a|--3--|--2"
+        "|Content-Type: image/png||b|--1|Content-Type: multipart/x; boundary=4||c|--1--|--1||d",
+        "a",
+        "",
+        [("", "image/png", b"b"), ("", "multipart/x", b"c")],
+    ),
+    # Messages in messages
+    (
+        "Content-Type: multipart/digest; boundary=1||--1||Subject: a||b|--1"
+        "|Content-Disposition: inline; filename=x.eml|Content-Transfer-Encoding: base64||YQpiCg==|"
+        "--1|Content-Type: text/plain||c|--1--|",
+        "c",
+        "",
+        [("", "message/rfc822", b"Subject: a\r\n\r\nb"), ("x.eml", "message/rfc822", b"a\nb\n")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("lines", "text", "html", "attachments"), STRUCTURES)
+def test_structures(
+    lines: str, text: str, html: str, attachments: list[tuple[str, str, bytes]]
+) -> None:
+    message = mime(*lines.split("|"))
+    assert (message.text, message.html) == (text, html)
+    assert [(item.name, item.type, item.content) for item in message.attachments] == attachments
+
+
+def test_double_line_ends() -> None:
+    """Lines end in CR CR LF, as those of a file with CRLF that curl --crlf sends."""
+    lines = "Content-Type: multipart/mixed; boundary=1|X: y||--1||a|b|--1|Content-Type: text/html"
+    message = mime(f"{lines}||=3D|--1--|".replace("|", "\r\r\n"))
+    assert (message.text, message.html, message.attachments) == ("a\nb", "=3D", [])
+
+
+# Parameters of Content-Disposition, or a field with others, and the name of the file
+FILE_NAMES = [
+    ("filename=a.pdf", "a.pdf"),
+    ('FileName = "a  b\\"c;d\\\\.pdf" ; size=1', 'a  b"c;d\\.pdf'),
+    ('filename="C:\\dir\\a.pdf"', "C:\\dir\\a.pdf"),
+    ("filename=two words (1).pdf; size=1", "two words (1).pdf"),
+    ("filename=it's.pdf", "it's.pdf"),
+    ("filename==?iso-8859-1?q?=E4=F6_?= =?utf-8?b?w7wucGRm?=;", "äö ü.pdf"),
+    ('filename="=?utf-8?q?=C3=A4_=C3=B6?=\r\n =?utf-8?q?=C3=BC?=.pdf"', "ä öü.pdf"),
+    ('filename="a\u3000\xa0b.pdf', "a\u3000\xa0b.pdf"),
+    ("filename*=UTF-8'de'%C3%A4%20b.pdf; filename=x.pdf", "ä b.pdf"),
+    ("filename=x.pdf; filename*=latin1''%80.pdf", "€.pdf"),
+    ("filename*=%C3%A4.pdf", "ä.pdf"),
+    ("filename*1*=%A4b.pdf; filename*0*=utf-8''a%C3; filename*3=d", "aäb.pdf"),
+    ('filename*0="a;b"; filename*1=c.pdf', "a;bc.pdf"),
+    ("filename*0*=utf-8''" + "%E8%AA%9E;\r\n filename*1*=" * 1 + "%E8%AA%9E" * 300, "語" * 301),
+    ("x\r\nContent-Type: image/png; name*=utf-8''%C3%A4.png", "ä.png"),
+    ("filename*=''; filename=\r\nContent-Type: image/png; name=a b.png; x=y", "a b.png"),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize(("parameters", "name"), FILE_NAMES)
+def test_file_names(parameters: str, name: str) -> None:
+    message = mime(f"Content-Disposition: attachment; {parameters}", "Content-ID: <i@d> ", "", "x")
+    assert [(item.name, item.content_id) for item in message.attachments] == [(name, "i@d")]
 
 
 @pytest.mark.parametrize(
@@ -827,7 +761,10 @@ def test_decoded_parts() -> None:
     [
         ("Content-Type: text/plain; charset=no-such-charset", "Grüße"),
         ("Content-Type: text/plain; charset=punycode", "Grüße"),
-        ("Content-Type: text/plain; charset=latin1", "GrÃ¼Ã\x9fe"),
+        ("Content-Type: text/plain; charset=rot13", "Grüße"),
+        ("Content-Type: text/plain; charset=latin1", "GrÃ¼ÃŸe"),
+        ("Content-Type: text/plain; charset = 'UTF8' (a comment)", "Grüße"),
+        ("Content-Type: text/plain; charset*=utf-8''koi8-r", "Grц╪ц÷e"),
         ("Content-Transfer-Encoding: no-such-encoding", "Grüße"),
         ("Content-Type: no type at all", "Grüße"),
         ("X: y", "Grüße"),
@@ -837,6 +774,54 @@ def test_text_of_odd_messages(header: str, text: str) -> None:
     assert mime(header, "", "Grüße").text == text
 
 
+@pytest.mark.parametrize("field", ["BASE64 ", "base64;x", "(a) base64\t(b)", '\r\n "base64"'])
+def test_transfer_encodings(field: str) -> None:
+    for body in ("SMO2", "S MO2=", "SA==w7Y", "!SMO2A"):
+        assert mime(f"Content-Transfer-Encoding: {field}", "", body).text == "Hö"
+    assert mime("Content-Transfer-Encoding: Quoted-Printable;", "", "=\r\nH=c3=B6=").text == "Hö"
+
+
+# Labels of a charset, octets, and the text that browsers make of them
+CHARSETS = [
+    ("us-ascii ISO-8859-1 latin1 windows-1252 x-cp1252", b"\x80\x93\x81\xe4", "€“\x81ä"),
+    ("iso-8859-9 windows-1254 latin5", b"\x80\xfe", "€ş"),
+    ("iso-8859-11 tis-620 windows-874", b"\x85\xa1\xff", "…ก\ufffd"),
+    ("iso-8859-8-i iso-8859-8-e logical", b"\xf9", "ש"),
+    ("windows-1253", b"\xaaa", "\ufffda"),
+    (
+        "gb2312 gbk x-gbk gb_2312-80 gb18030",
+        b"\xa2\xa1 \x87a \xff\x81\xffa",
+        "\u2170 嘺 \ufffd\ufffda",
+    ),
+    ("big5 big5-hkscs cn-big5", b"\xa4\xa4\xf9\xd6\x81\xfe", "中碁\ufffd"),
+    (
+        "shift_jis ms_kanji x-sjis windows-31j",
+        b"\x87@\x81`\xfa\xb1\x81\xfda\xff",
+        "①\uff5e﨑\ufffda\ufffd",
+    ),
+    ("euc-kr ks_c_5601-1987 korean windows-949", b"\x8cc\xff\xc9\xa1a", "똠\ufffd\ufffda"),
+    ("euc-jp x-euc-jp", b"\xad\xa1\xa1\xc1\xf9\xb5\x8e\xb1\xffa\xa4", "①\uff5e侊ｱ\ufffda\ufffd"),
+    (
+        "iso-2022-jp cp50221",
+        b"a\x1b$B-!!A|bL\n)!\x1b(B\xffb\x1b(I1\x1b(Jc",
+        "a①\uff5e髙\ufffd\n\ufffd\ufffdbｱc",
+    ),
+    ("utf-8 unicode-1-1-utf-8", b"\xef\xbb\xbfa\xe2\x82b\xf0\x9f\x98\xc3\xa4", "a\ufffdb\ufffdä"),
+    ("utf-16 unicode", b"\xff\xfea\0\xac ", "a€"),
+    ("koi8-r koi8", b"\xc1", "\u0430"),
+]
+
+
+@pytest.mark.parametrize(("labels", "octets", "text"), CHARSETS)
+def test_charsets(labels: str, octets: bytes, text: str) -> None:
+    for label in labels.split():
+        header = f'Content-Type: text/plain; charset="{label}"\r\n'
+        assert envelope(content=header.encode() + b"\r\n" + octets).text == text
+        word = base64.b64encode(octets)
+        subject = b"Subject: =?%b?b?%b?=\r\n" % (label.encode(), word)
+        assert envelope(content=subject).subject == text
+
+
 @pytest.mark.parametrize(
     ("text", "urls"),
     [
@@ -844,8 +829,19 @@ def test_text_of_odd_messages(header: str, text: str) -> None:
         ("(http://a.test/b) <https://c.test>", ["http://a.test/b", "https://c.test"]),
         ("https://a.test/wiki/A_(b)", ["https://a.test/wiki/A_(b)"]),
         ("https://a.test! https://b.test https://a.test", ["https://a.test", "https://b.test"]),
-        ("ftp://a.test mailto:a@b.test www.a.test", []),
+        ("ftp://a.test mailto:a@b.test www.a.test https:// https://.", []),
         ("HTTPS://A.test/\u00fc.", ["HTTPS://A.test/\u00fc"]),
+        ("(https://a.test/(b)(c))d", ["https://a.test/(b)(c)"]),
+        ("[a](https://a.test/b) {https://[::1]/}", ["https://a.test/b", "https://[::1]/"]),
+        ("'https://a.test/it's' `https://b.test`", ["https://a.test/it's", "https://b.test"]),
+        ("„https://a.test“\u2039https://b.test\u203a", ["https://a.test", "https://b.test"]),
+        ("\uff08https://a.test\uff09『https://b.test』", ["https://a.test", "https://b.test"]),
+        ("https://a.test、https://b.test\uff01", ["https://a.test", "https://b.test"]),
+        ("https://a.test؟ https://b.test।", ["https://a.test", "https://b.test"]),
+        (
+            "https://a.test/x\u2013y https://a.test\xa0b",
+            ["https://a.test/x\u2013y", "https://a.test"],
+        ),
     ],
 )
 def test_links_in_text(text: str, urls: list[str]) -> None:
@@ -856,9 +852,9 @@ def test_links_in_text(text: str, urls: list[str]) -> None:
     ("document", "text", "urls"),
     [
         ("<p>a<p>b<br>c</p>", "a\nb\nc", []),
-        ("a &lt;b&gt; &amp;&nbsp;c 1 < 2", "a <b> & c 1 < 2", []),
-        ("<!-- <a href='x://y'> --><b>x</b", "x<b", []),
-        ("<title>t</title><script>var a = '<p>';</script>x", "x", []),
+        ("a &lt;b&gt; &amp;&nbsp;c 1 < 2", "a <b> &\xa0c 1 < 2", []),
+        ("<!-- <a href='x://y'> --><!--><b>x</b", "x", []),
+        ("<title>t</title><script>var a = '<p>';</script >x<![if mso]><?y?>", "x", []),
         (
             '<a href="https://a.test/?b&amp;c">b</a>',
             "b <https://a.test/?b&c>",
@@ -866,15 +862,67 @@ def test_links_in_text(text: str, urls: list[str]) -> None:
         ),
         ("<A HREF=app://open>b</A>", "b <app://open>", ["app://open"]),
         ("<a href='mailto:a@b'>b</a> <a href=#c>c</a>", "b c", []),
-        ("<a href='https://a.test'>https://a.test</a>", "https://a.test", ["https://a.test"]),
+        ("<a href=TEL:1>b</a><a href=' java&#10;script:c'>c</a><a href>d</a>", "bcd", []),
+        (
+            "<a href='https://a.test'><b>https://a.test</b></a>",
+            "https://a.test",
+            ["https://a.test"],
+        ),
+        (
+            "<a href='/b?c=1'>b</a> <a href='{{ url }}'>c</a>",
+            "b </b?c=1> c <{{ url }}>",
+            ["/b?c=1", "{{ url }}"],
+        ),
+        (
+            "<a href='?a&lt=1&notify&not&para;&#38;&#x26;&sect'>b</a>",
+            "b <?a&lt=1&notify¬¶&&§>",
+            ["?a&lt=1&notify¬¶&&§"],
+        ),
+        ("<a title='href=a>'href = b href=c>d</a>", "d <b>", ["b"]),
+        ("<a data-href=a\nhref=' b\r\nc '>d</a><area href=e>", "d <bc>", ["bc", "e"]),
+        ("<a href=/it's>b</a> isn't", "b </it's> isn't", ["/it's"]),
+        ("<a href=\"?a='b'\">c</a>", "c <?a='b'>", ["?a='b'"]),
         ("<img alt='a>b'>x<ul><li>1<li>2</ul>", "x\n\n1\n2", []),
+        ("<tr>\n<td>a</td> <td>b<th>c</tr><tr><td>d", "a  b  c\n\nd", []),
+        ("a<form>b</form><h4>c</h4>d<dl><dt>e<dd>f</dl>g", "a\nb\n\nc\nd\n\ne\nf\ng", []),
+        ("<b>a </b> b\n<pre>\n  c\n d  e</pre> <i> f</i>", "a b\n\n  c\n d  e\nf", []),
+        ("a\u3000 \xa0b", "a\u3000 \xa0b", []),
         (f"a&#{'9' * 5000};b&#{'0' * 5000}65;", "ab", []),
     ],
 )
 def test_parse_html(document: str, text: str, urls: list[str]) -> None:
     found_text, found_urls = dsmtpd.parse_html(document)
-    assert found_text.replace("\xa0", " ").replace("x</b", "x<b").replace("<b<b", "<b") == text
+    assert found_text == text
     assert list(dict.fromkeys(found_urls)) == urls
+
+
+def test_link() -> None:
+    message = mime("", "https://a.test/verify?a=1 https://a.test/b https://c.test/b")
+    assert message.link("/verify") == "https://a.test/verify?a=1"
+    for part, count in (("/b", 2), ("/none", 0)):
+        with pytest.raises(LookupError) as caught:
+            message.link(part)
+        assert str(caught.value) == (
+            f"{count} links contain '{part}'; the links of the message:\n"
+            "  https://a.test/verify?a=1\n  https://a.test/b\n  https://c.test/b"
+        )
+    with pytest.raises(LookupError, match="the links of the message: none"):
+        mime("").link("")
+
+
+def test_header() -> None:
+    message = mime("X-Tag:  =?utf-8?q?=C3=A9?=\r\n  b ", "x-tag: c", "", "X-Body: d")
+    assert (message.header("x-TAG"), message.header("X-Body")) == ("é  b ", "")
+    assert envelope(content="To: a <é@b>; (\r\n".encode()).header("To") == "a <é@b>; ("
+
+
+def test_pickle() -> None:
+    message = envelope(content=HTML_MESSAGE.as_bytes(policy=email.policy.SMTP))
+    assert message.email["Subject"] == message.subject
+    assert (message.links, message.attachments[0].name) != ([], "")
+    copy = pickle.loads(pickle.dumps(message))
+    assert copy == message
+    assert copy.attachments == message.attachments
 
 
 # --- Pages --------------------------------------------------------------------------------
@@ -1194,15 +1242,18 @@ def b64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
+LOGIN = "AUTH PLAIN " + b64("\0user\0secret")
+XOAUTH2 = b64("user=user\x01auth=Bearer secret\x01\x01")
 # Lines after EHLO, and the last reply code: if any account is valid, and if only user:secret is.
 LOGINS = [
-    (["AUTH PLAIN " + b64("\0user\0secret")], "235", "235"),
+    ([LOGIN], "235", "235"),
     (["AUTH PLAIN", b64("\0user\0secret")], "235", "235"),
     (["auth plain", b64("\0other\0secret")], "235", "535"),
     (["AUTH PLAIN " + b64("other\0user\0secret")], "235", "235"),
     (["AUTH PLAIN " + b64("\0user\0wrong")], "235", "535"),
     (["AUTH PLAIN " + b64("\0user\0")], "235", "535"),
-    (["AUTH PLAIN " + b64("\0\0secret")], "535", "535"),
+    (["AUTH PLAIN " + b64("\0\0secret")], "235", "535"),
+    (["AUTH PLAIN " + b64("\0\0")], "235", "535"),
     (["AUTH PLAIN " + b64("user\0secret")], "501", "501"),
     (["AUTH PLAIN " + b64("\0user\0secret\0")], "501", "501"),
     (["AUTH PLAIN ="], "501", "501"),
@@ -1214,8 +1265,8 @@ LOGINS = [
     (["AUTH LOGIN", b64("user"), b64("secret")], "235", "235"),
     (["AUTH LoGiN " + b64("user"), b64("secret")], "235", "235"),
     (["AUTH LOGIN " + b64("user"), b64("wrong")], "235", "535"),
-    (["AUTH LOGIN =", b64("secret")], "535", "535"),
-    (["AUTH LOGIN", "", ""], "535", "535"),
+    (["AUTH LOGIN =", b64("secret")], "235", "535"),
+    (["AUTH LOGIN", "", ""], "235", "535"),
     (["AUTH LOGIN", "*"], "501", "501"),
     (["AUTH LOGIN", b64("user"), "*"], "501", "501"),
     (["AUTH LOGIN", b64("user"), "x"], "501", "501"),
@@ -1223,6 +1274,12 @@ LOGINS = [
     (["AUTH LOGIN", "x" * 13_000], "500", "500"),
     (["AUTH LOGIN", "x" * 130_000, "NOOP"], "250", "250"),
     (["AUTH LOGIN", b64("x" * 9000), b64("y" * 9000)], "235", "535"),
+    (["AUTH XOAUTH2 " + XOAUTH2], "235", "235"),
+    (["auth xoauth2", XOAUTH2], "235", "235"),
+    (["AUTH XOAUTH2", b64("user=user\x01auth=Bearer x\x01\x01")], "235", "535"),
+    (["AUTH XOAUTH2", b64("user=user\x01auth=Basic secret\x01\x01")], "501", "501"),
+    (["AUTH XOAUTH2", b64("user=user")], "501", "501"),
+    (["AUTH XOAUTH2", ""], "501", "501"),
     (["AUTH CRAM-MD5"], "504", "504"),
     (["AUTH ="], "504", "504"),
     (["AUTH"], "501", "501"),
@@ -1241,10 +1298,10 @@ def test_auth(lines: list[str], any_account: str, one_account: str) -> None:
 
 def test_user_in_envelope() -> None:
     client = Client()
-    client.codes("EHLO x", "AUTH PLAIN " + b64("\0jürgen\0secret"))
-    client.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", ".")
-    assert client.envelopes[0].user == "jürgen"
-    assert client.envelopes[0].protocol == "ESMTPA"
+    client.deliver(
+        "", HELLO, "AUTH PLAIN " + b64("\0jürgen\0x"), "MAIL FROM:<a@b>", "RCPT TO:<c@d>"
+    )
+    assert (client.envelopes[0].user, client.envelopes[0].protocol) == ("jürgen", "ESMTPA")
 
 
 def test_secrets_are_masked_in_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -1255,7 +1312,7 @@ def test_secrets_are_masked_in_log(caplog: pytest.LogCaptureFixture) -> None:
     client.codes("AUTH LOGIN", secrets[1], secrets[3], f"AUTH CRAM-MD5 {secrets[0]}", secrets[0])
     client.codes(f" auth  plain {secrets[0]}", f"AUTH\tLOGIN {secrets[1]}", secrets[2])
     client.codes("AUTH PLAIN\t" + secrets[0], "AUTH " + secrets[1], "abc", "AUTH LOGIN", "u", "uvw")
-    client.codes("AUTH PLAIN " + secrets[0])
+    client.codes("AUTHPLAIN " + secrets[0], "AUTH PLAIN " + secrets[0])
     assert client.session.user == "user"
     assert not [word for word in [*secrets, "sesame", "abc", "uvw"] if word in caplog.text]
     assert "sesame" not in repr(client.session.config)
@@ -1264,76 +1321,60 @@ def test_secrets_are_masked_in_log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_session_after_starttls() -> None:
-    client = Client(tls="starttls", auth={"user": "secret"})
+    """The user and the transaction are forgotten, and what arrived in plain text."""
+    client = client_with_recipient(tls="starttls")
+    assert b"250-STARTTLS\r\n" in client.send(b"EHLO x\r\n")
+    client.codes(LOGIN, "MAIL FROM:<a@b>", "RCPT TO:<c@d>")
+    assert client.codes("STARTTLS now", "DATA", ".") == "501 354 250"
     assert client.send(b"STARTTLS\r\nEHLO evil\r\nMAIL FROM:<a@b>\r\n") == (
         b"220 2.0.0 Ready to start TLS\r\n<StartTLS()>\r\n"
     )
-    assert client.codes("AUTH PLAIN " + b64("\0user\0secret")) == "503"
+    assert client.codes(LOGIN, "MAIL FROM:<a@b>", "HELO x", "DATA") == "503 503 250 503"
+    assert client.session.user is None
     replies = client.send(b"EHLO x\r\n")
     assert b"STARTTLS" not in replies
     assert b"AUTH" in replies
     assert client.codes("STARTTLS", "STARTTLS x") == "503 501"
-    client.codes(
-        "AUTH PLAIN " + b64("\0user\0secret"), "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "."
-    )
-    assert client.envelopes[0].protocol == "ESMTPSA"
-    assert client.envelopes[0].tls
+    client.deliver("", LOGIN, "MAIL FROM:<a@b>", "RCPT TO:<c@d>")
+    assert client.envelopes[-1].protocol == "ESMTPSA"
+    assert client.envelopes[-1].tls
 
 
-def test_starttls_discards_transaction_and_user() -> None:
-    client = client_with_recipient(tls="starttls")
-    assert b"250-STARTTLS\r\n" in client.send(b"EHLO x\r\n")
-    client.codes("AUTH PLAIN " + b64("\0user\0secret"), "MAIL FROM:<a@b>", "RCPT TO:<c@d>")
-    assert client.codes("STARTTLS now", "DATA", ".") == "501 354 250"
-    client.send(b"STARTTLS\r\n")
-    assert client.codes("MAIL FROM:<a@b>", "HELO x", "DATA", "MAIL FROM:<a@b>") == "503 250 503 250"
-    assert client.session.user is None
+def test_session_with_implicit_tls() -> None:
+    client = client_with_recipient(tls="implicit")
+    assert client.codes("STARTTLS", "DATA", ".") == "503 354 250"
+    assert client.envelopes[0].protocol == "ESMTPS"
 
 
-# Before TLS, with --tls required: the code of the reply to each command.
-REQUIRED = """
-EHLO x       250
-HELO x       250
-NOOP         250
-RSET         250
-HELP         214
-MAIL FROM:<a@b> 530
-RCPT TO:<a@b> 530
-DATA         530
-VRFY x       530
-AUTH PLAIN   530
-BDAT 0       530
-EXPN x       502
-XYZZY        500
-STARTTLS x   501
-QUIT         221
-"""
+# Commands before TLS, with --tls required, by the code of the reply
+REQUIRED = {
+    "250": ["EHLO x", "HELO x", "NOOP", "RSET"],
+    "214": ["HELP"],
+    "221": ["QUIT"],
+    "501": ["STARTTLS x"],
+    "530": ["MAIL FROM:<a@b>", "RCPT TO:<a@b>", "DATA", "VRFY x", "AUTH PLAIN", "BDAT 0"],
+    "502": ["EXPN x"],
+    "500": ["XYZZY"],
+}
 
 
 def test_required_tls() -> None:
-    for line in REQUIRED.strip().splitlines():
-        command, code = line[:-3].strip(), line[-3:]
-        client = Client(tls="required")
-        client.codes("EHLO x")
-        assert client.codes(command) == code, command
+    for code, commands in REQUIRED.items():
+        for command in commands:
+            assert Client(tls="required").codes("EHLO x", command) == f"250 {code}", command
     client = Client(tls="required")
     assert b"AUTH" not in client.send(b"EHLO x\r\n")
-    assert client.send(b"MAIL FROM:<a@b>\r\n") == (
-        b"530 5.7.0 Must issue a STARTTLS command first\r\n"
+    assert client.send(b"BDAT 6\r\nQUIT\r\nNOOP\r\n") == (
+        b"530 5.7.0 Must issue a STARTTLS command first\r\n250 2.0.0 OK\r\n"
     )
     client.send(b"STARTTLS\r\n")
     assert b"AUTH PLAIN" in client.send(b"EHLO x\r\n")
-    assert client.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", ".") == "250 250 354 250"
+    client.deliver()
     assert client.envelopes[0].protocol == "ESMTPS"
-    client = Client(tls="required")
-    assert client.send(b"EHLO x\r\nBDAT 6\r\nQUIT\r\nNOOP\r\n").endswith(
-        b"530 5.7.0 Must issue a STARTTLS command first\r\n250 2.0.0 OK\r\n"
-    )
 
 
 def test_login_without_tls() -> None:
     """A warning where TLS is offered, since a real server refuses it."""
-    login = "AUTH PLAIN " + b64("\0user\0secret")
     for tls, upgrade, names in [
         (None, [], []),
         ("starttls", [], ["plaintext-auth"]),
@@ -1341,43 +1382,24 @@ def test_login_without_tls() -> None:
         ("implicit", [], []),
     ]:
         client = Client(tls=tls)
-        client.codes(HELLO, *upgrade, login)
+        client.codes(HELLO, *upgrade, LOGIN)
         for _ in range(2):
-            client.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
-            client.send(CLEAN.encode() + b".\r\n")
-        for message in client.envelopes:
-            assert [text.partition(":")[0] for text in message.warnings] == names, (tls, upgrade)
+            assert client.deliver(CLEAN, "MAIL FROM:<a@b>", "RCPT TO:<c@d>") == names
 
 
-@pytest.mark.parametrize("line", ["MAIL FROM:<a@b>", "RCPT TO:<a@b>", "DATA", "VRFY x", "BDAT 0"])
-def test_commands_that_require_a_login(line: str) -> None:
+def test_commands_that_require_a_login() -> None:
+    for line in ("MAIL FROM:<a@b>", "RCPT TO:<a@b>", "DATA", "VRFY x", "BDAT 0"):
+        client = Client(auth={"user": "secret"})
+        assert client.codes(HELLO, line) == "250 530"
+        assert not client.codes(LOGIN, line).endswith("530")
     client = Client(auth={"user": "secret"})
-    assert client.codes(HELLO, line) == "250 530"
-    client.codes("AUTH PLAIN " + b64("\0user\0secret"))
-    assert client.codes(line) != "530"
+    assert client.codes(HELLO, "BDAT 6", "QUIT", "NOOP") == "250 - 530 250"
 
 
-def test_bdat_without_a_login() -> None:
-    client = Client(auth={"user": "secret"})
-    assert client.codes(HELLO, "BDAT 6", "QUIT", "NOOP") == "250 530 - 250"
-
-
-def test_xoauth2() -> None:
-    response = b64("user=you@x.test\x01auth=Bearer token\x01\x01")
-    for auth, code in (({}, "235"), ({"you@x.test": "token"}, "235"), ({"you@x.test": "x"}, "535")):
-        for lines in (["AUTH XOAUTH2 " + response], ["auth xoauth2", response]):
-            client = Client(auth=auth)
-            assert client.codes(HELLO, *lines).split()[-1] == code
-            assert client.session.user == ("you@x.test" if code == "235" else None)
-    for wrong in ("user=a", "user=a\x01auth=Basic b\x01\x01", ""):
-        assert Client().codes(HELLO, "AUTH XOAUTH2", b64(wrong)) == "250 334 501"
-
-
-# Keyword, what is sent, the codes of the replies, and what the reply to EHLO lacks.
+# Keyword, what is sent, and the codes of the replies.
 WITHOUT: list[tuple[str, list[str], str]] = [
     ("SIZE", ["MAIL FROM:<a@b> SIZE=1", "MAIL FROM:<a@b>"], "555 250"),
-    ("8BITMIME", ["MAIL FROM:<a@b> BODY=8BITMIME", "MAIL FROM:<a@b> BODY=BINARYMIME"], "555 555"),
-    ("BINARYMIME", ["MAIL FROM:<a@b> BODY=BINARYMIME", "MAIL FROM:<a@b> BODY=8BITMIME"], "501 250"),
+    ("8BITMIME", ["MAIL FROM:<a@b> BODY=8BITMIME", "MAIL FROM:<a@b>"], "555 250"),
     ("SMTPUTF8", ["MAIL FROM:<a@b> SMTPUTF8", "MAIL FROM:<\u00e9@b>"], "555 553"),
     ("CHUNKING", ["BDAT 4 LAST", "QUIT"], "502 221"),
     (
@@ -1404,67 +1426,35 @@ def test_without_enhanced_status_codes(caplog: pytest.LogCaptureFixture) -> None
     client.send(b"EHLO x\r\n")
     assert client.send(b"NOOP\r\nXYZZY\r\n") == b"250 OK\r\n500 Command not recognized\r\n"
     assert caplog.messages[0].endswith("XYZZY refused: 500 Command not recognized")
-
-
-def test_without_pipelining() -> None:
-    client = Client(without=["PIPELINING"])
-    client.send(b"EHLO x\r\n")
-    client.send(b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n")
-    client.codes("DATA")
-    client.send(CLEAN.encode() + b".\r\n")
-    assert client.envelopes[0].warnings == [
-        "early-talker: data was sent before the reply to MAIL (RFC 2920 section 3.1)"
-    ]
-
-
-def test_without_unknown_extension() -> None:
-    with pytest.raises(ValueError, match=r"without: must be one of SIZE, 8BITMIME, .*, not X"):
-        Config(without=["x"])
+    assert client.session.end(dsmtpd.TIMED_OUT) == b"421 Idle timeout\r\n"
+    assert Client().session.end(dsmtpd.TIMED_OUT) == b"421 4.4.2 Idle timeout\r\n"
 
 
 @pytest.mark.parametrize(
-    ("address", "name"),
+    ("address", "names"),
     [
-        ("root@container_name_1", "address-syntax"),
-        ("a@_b.test", "address-syntax"),
-        ("under_score@b.test", ""),
-        ("under_score", ""),
+        ("root@container_name_1", ["address-syntax"]),
+        ("a@_b.test", ["address-syntax"]),
+        ("under_score@b.test", []),
+        ("under_score", []),
     ],
 )
-def test_underscores_in_domains(address: str, name: str) -> None:
-    for mail_from, rcpt_to in ((address, "c@d"), ("a@b", address)):
-        client = Client()
-        lines = [HELLO, f"MAIL FROM:<{mail_from}>", f"RCPT TO:<{rcpt_to}>", "DATA"]
-        assert client.codes(*lines) == "250 250 250 354"
-        client.send(CLEAN.encode() + b".\r\n")
-        names = [text.partition(":")[0] for text in client.envelopes[0].warnings]
-        assert names == ([name] if name else [])
-    client = Client()
-    client.codes(
-        HELLO, f"MAIL FROM:<{address}>", "RSET", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA"
-    )
-    client.send(CLEAN.encode() + b".\r\n")
-    assert client.envelopes[0].warnings == []
-
-
-def test_session_with_implicit_tls() -> None:
-    client = client_with_recipient(tls="implicit")
-    assert client.codes("STARTTLS", "DATA", ".") == "503 354 250"
-    assert client.envelopes[0].protocol == "ESMTPS"
+def test_underscores_in_domains(address: str, names: list[str]) -> None:
+    sender = f"MAIL FROM:<{address}>"
+    assert Client().deliver(CLEAN, HELLO, sender, "RCPT TO:<c@d>") == names
+    assert Client().deliver(CLEAN, HELLO, "MAIL FROM:<a@b>", f"RCPT TO:<{address}>") == names
+    reset = [HELLO, sender, "RSET", "MAIL FROM:<a@b>", "RCPT TO:<c@d>"]
+    assert Client().deliver(CLEAN, *reset) == []
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_bdat_content_is_unchanged(size: int) -> None:
     binary = bytes(range(256)) + b"\r\n.\r\n..\r\n\n.\n"
-    client = Client()
-    client.codes("EHLO x", "MAIL FROM:<a@b> BODY=BINARYMIME", "RCPT TO:<c@d>")
-    assert client.codes("DATA") == "503"
+    client = client_with_recipient()
     data = b"BDAT %d\r\n%bBDAT 0\r\nBDAT 1\r\n.NOOP\r\nBDAT 3 LAST\r\nabcQUIT\r\n"
-    data %= (len(binary), binary)
-    replies = b"".join(client.send(data[i : i + size]) for i in range(0, len(data), size))
+    replies = client.send_in_pieces(data % (len(binary), binary), size)
     assert [line[:3] for line in replies.splitlines()] == [b"250"] * 5 + [b"221"]
     assert client.envelopes[0].content == binary + b".abc"
-    assert client.envelopes[0].mail_options == {"BODY": "BINARYMIME"}
 
 
 def test_bdat_chunks_share_size_limit() -> None:
@@ -1479,73 +1469,19 @@ def test_bdat_chunks_share_size_limit() -> None:
     assert client.send(b"BDAT 6\r\n123456BDAT 4 LAST\r\n7890").endswith(b"Message accepted\r\n")
 
 
-def test_bdat_with_insufficient_storage() -> None:
-    client = client_with_recipient()
-    client.session._shared = shared = dsmtpd.SharedState(Config())
-    shared.content_limit = 100
-    assert client.send(b"BDAT 99\r\n" + b"x" * 99) == b"250 2.0.0 OK\r\n"
-    assert (
-        client.send(b"BDAT 9 LAST\r\n123") == b"452 4.3.1 Insufficient storage, try again later\r\n"
-    )
-    assert client.send(b"456789NOOP\r\n") == b"250 2.0.0 OK\r\n"
-    assert shared.reserved == 0
-
-
-@pytest.mark.parametrize("argument", ["", "-1", "x", " 6", "9" * 21])
-def test_bdat_size_syntax(argument: str) -> None:
-    client = client_with_recipient()
-    reply = "501 250" if argument.strip() != "6" else "- 250"
-    assert client.codes(f"BDAT {argument}", "NOOP") == reply
-
-
 @pytest.mark.parametrize(
-    "argument", ["6 2", "6LAST", "6 LAST x", "6\tLAST", "0" * 30 + "6 l\u017fst"]
-)
-def test_bdat_with_invalid_arguments(argument: str) -> None:
-    """The server discards the chunk."""
-    client = client_with_recipient()
-    assert client.codes(f"BDAT {argument}", "QUIT", "NOOP", "DATA") == "501 - 250 503"
-
-
-def test_binary_content_is_stored_unchanged(tmp_path: Path) -> None:
-    """The trace header has the line end of the content."""
-    store = dsmtpd.Maildir(tmp_path)
-    binary = b"Content-Transfer-Encoding: binary\r\n\r\n\x00\r\n\xff"
-    unix = b"Content-Transfer-Encoding: binary\n\n\x00\r\n\xff"
-    for body, content, stored in [
-        ("BINARYMIME", binary, b" +0000\r\n" + binary),
-        ("BINARYMIME", unix, b" +0000\n" + unix),
-        ("8BITMIME", binary, b" +0000\n" + binary.replace(b"\r\n", b"\n")),
-    ]:
-        path = store.store(envelope(mail_options={"BODY": body}, content=content))
-        assert path.read_bytes().endswith(stored)
-        header = path.read_bytes()[: -len(content)]
-        assert (b"\r\n" in header) is (stored == b" +0000\r\n" + binary)
-
-
-@pytest.mark.parametrize(
-    ("content", "stored"),
+    ("argument", "codes"),
     [
-        (b"", b"\n"),
-        (b"\r\n", b"\n"),
-        (b"Subject: Hi", b"Subject: Hi\n\n"),
-        (b"Subject: Hi\r\n", b"Subject: Hi\n\n"),
-        (b"Subject: Hi\r\n\r\n", b"Subject: Hi\n\n"),
-        (b"Subject: Hi\r\n\r\nText", b"Subject: Hi\n\nText"),
-        (b"Hello!\r\n", b"\nHello!\n"),
-        (b" folded\r\nText", b"\n folded\nText"),
-        (b"From me\r\nX: y\r\n\r\n", b"\nFrom me\nX: y\n\n"),
-        (b"\r\nText", b"\nText"),
+        *((argument, "501 221") for argument in ("", "-1", "x", "9" * 21)),
+        (" 6", "- 250"),
+        # The octets of a chunk with an invalid argument are discarded before the reply.
+        *((argument, "- 501") for argument in ("6 2", "6LAST", "6 LAST x", "6\tLAST")),
+        ("0" * 30 + "6 l\u017fst", "- 501"),
     ],
 )
-def test_stored_file_has_an_empty_line(content: bytes, stored: bytes, tmp_path: Path) -> None:
-    """The header section ends with an empty line, and content is never a part of our fields."""
-    path = dsmtpd.Maildir(tmp_path).store(envelope(content=content))
-    header = dsmtpd.trace_header(envelope(), path.name)
-    assert path.read_bytes() == header + stored
-    message = mailbox.Maildir(tmp_path, create=False)[path.name]
-    assert message["Received"].endswith("+0000")
-    assert envelope(content=content).content == content
+def test_bdat_syntax(argument: str, codes: str) -> None:
+    client = client_with_recipient()
+    assert client.codes(f"BDAT {argument}", "QUIT") == codes
 
 
 # --- Limits -------------------------------------------------------------------------------
@@ -1555,23 +1491,15 @@ def test_stored_file_has_an_empty_line(content: bytes, stored: bytes, tmp_path: 
     ("size", "expected"), [(98, b"250"), (99, b"552 5.3.4"), (300_000, b"552 5.3.4")]
 )
 def test_message_size(size: int, expected: bytes) -> None:
+    """The rest of a message that is too large is not parsed as commands."""
     client = client_with_recipient(max_size=100)
     assert client.codes("DATA") == "354"
-    data = b".." + b"x" * (size - 1) + b"\r\n.\r\nNOOP\r\n"
-    for chunk in (data[:90], data[90:200], data[200:]):
-        reply = client.send(chunk)
-        if reply:
-            break
+    reply = client.send_in_pieces(b".." + b"x" * (size - 1) + b"\r\n.\r\nNOOP\r\n", 90)
     assert reply.startswith(expected)
     assert reply.endswith(b"250 2.0.0 OK\r\n")
     assert len(client.envelopes) == (expected == b"250")
-
-
-def test_rejected_content_is_not_parsed_as_commands() -> None:
     client = client_with_recipient(max_size=10)
-    client.codes("DATA")
-    assert client.send(b"QUIT\r\n" * 100) == b""
-    assert client.codes(".", "NOOP") == "552 250"
+    assert client.codes("DATA", *["QUIT"] * 100, ".", "NOOP") == "354 " + "- " * 100 + "552 250"
 
 
 def test_no_size_limit() -> None:
@@ -1590,60 +1518,20 @@ def test_recipient_limit() -> None:
     assert client.envelopes[0].rcpt_tos == [f"u{n}@x" for n in range(1000)]
 
 
-def test_recipient_size_limit() -> None:
-    client = Client()
-    client.codes("EHLO x", "MAIL FROM:<a@b>")
-    codes = client.codes(*(f"RCPT TO:<{'x' * 12_000}{n}@y>" for n in range(50))).split()
-    assert codes == ["250"] * 43 + ["452"] * 7
-    assert client.codes("DATA", ".") == "354 250"
-    assert len(client.envelopes[0].rcpt_tos) == 43
-
-
-def test_content_limit_of_all_sessions() -> None:
-    shared = dsmtpd.SharedState(Config())
-    shared.content_limit = 1000
-    clients = [client_with_recipient(), client_with_recipient()]
-    for client in clients:
-        client.session._shared = shared
-        client.codes("DATA")
-    first, second = clients
-    first.send(b"x" * 600)
-    second.send(b"x" * 600)
-    assert second.send(b"\r\n.\r\n") == b"452 4.3.1 Insufficient storage, try again later\r\n"
-    assert first.send(b"\r\n.\r\n").startswith(b"250")
-    assert shared.reserved == 0
-    assert second.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA") == "250 250 354"
-    second.send(b"x" * 600)
-    second.session.close()
-    assert shared.reserved == 0
-
-
-def test_errors_and_rules() -> None:
+def test_consecutive_errors() -> None:
     """Replies of rules neither count as errors nor end a row of them."""
+    assert Client().codes(*["XYZZY"] * 20, "NOOP") == "500 " * 20 + "250"
+    assert Client().codes(*["XYZZY"] * 21, "NOOP") == "500 " * 20 + "421 -"
     client = Client(fail=["NOOP * 550"])
     assert client.codes(*["XYZZY", "NOOP"] * 21) == "500 550 " * 20 + "421 -"
-
-
-def test_consecutive_errors() -> None:
-    client = Client()
-    assert client.codes(*["XYZZY"] * 20, "NOOP") == "500 " * 20 + "250"
-    assert client.codes(*["XYZZY"] * 21, "NOOP") == "500 " * 20 + "421 -"
+    assert Client(fail=["NOOP * 500"]).codes(*["NOOP"] * 40) == " ".join(["500"] * 40)
 
 
 @pytest.mark.parametrize("size", [1, 1000, 100_000])
 def test_long_line(size: int) -> None:
-    client = Client()
     data = b"NOOP " + b"x" * (12_288 - 7) + b"\r\nNOOP " + b"x" * (12_288 - 6) + b"\r\nNOOP\r\n"
-    replies = b"".join(client.send(data[i : i + size]) for i in range(0, len(data), size))
+    replies = Client().send_in_pieces(data, size)
     assert replies == b"250 2.0.0 OK\r\n500 5.5.2 Line too long\r\n250 2.0.0 OK\r\n"
-
-
-@pytest.mark.parametrize("size", [1, 1000, 100_000])
-def test_long_line_after_rejecting_greeting(size: int) -> None:
-    client = Client(fail=["CONNECT * 554"])
-    data = b"NOOP " + b"x" * 12_288 + b"\r\nNOOP\r\nQUIT\r\n"
-    replies = b"".join(client.send(data[i : i + size]) for i in range(0, len(data), size))
-    assert [line[:3] for line in replies.splitlines()] == [b"500", b"503", b"221"]
 
 
 def test_memory_of_endless_line() -> None:
@@ -1651,7 +1539,7 @@ def test_memory_of_endless_line() -> None:
     chunk = b"x" * dsmtpd.READ_SIZE
     tracemalloc.start()
     try:
-        for _ in range(2**30 // len(chunk)):
+        for _ in range(2**26 // len(chunk)):
             client.send(chunk)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
@@ -1660,60 +1548,46 @@ def test_memory_of_endless_line() -> None:
 
 
 def test_memory_of_large_message() -> None:
-    client = client_with_recipient()
-    client.codes("DATA")
-    chunk = (b"x" * 1022 + b"\r\n") * 64
-    tracemalloc.start()
-    try:
-        for _ in range(2**25 // len(chunk)):
-            client.send(chunk)
-        client.send(b".\r\n")
-        assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
-    finally:
-        tracemalloc.stop()
-    assert len(client.envelopes[0].content) == 2**25
+    for max_size, copies in ((2**23, 3.5), (2**16, 0.1)):
+        client = client_with_recipient(max_size=max_size)
+        client.codes("DATA")
+        chunk = (b"x" * 1022 + b"\r\n") * 64
+        tracemalloc.start()
+        try:
+            for _ in range(2**23 // len(chunk)):
+                client.send(chunk)
+            client.send(b".\r\n")
+            assert tracemalloc.get_traced_memory()[1] < copies * 2**23
+        finally:
+            tracemalloc.stop()
+        assert len(client.envelopes) == (max_size == 2**23)
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"port": 70_000}, "from 0"),
-        ({"port": -1}, "from 0"),
-        ({"max_size": -1}, "0 for no limit"),
+        ({"port": 70_000}, "port: must be from 0"),
+        ({"port": -1}, "port: must be from 0"),
+        ({"port": "25"}, "port: must be from 0 (any free one) to 65535, not '25'"),
+        ({"max_size": -1}, "max-size: must be a number of bytes, such as 33554432, or 0 for no"),
+        ({"max_size": 1.5}, "max-size: must be a number of bytes"),
         ({"interface": " "}, "127.0.0.1"),
         ({"tls": "ssl"}, "tls: must be one of starttls, required, implicit, not ssl"),
         ({"cert": "x.pem"}, "cert: requires tls"),
+        ({"tls": "starttls", "key": "x.pem"}, "key: requires cert"),
         ({"tls": "required", "without": ["starttls"]}, "without: tls=required needs STARTTLS"),
         ({"auth": {"u": "p"}, "without": ["AUTH"]}, "without: auth needs AUTH"),
-    ],
-)
-def test_invalid_config(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        Config(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"fail": "RCPT * 550"}, "fail: must be a list of strings, not 'RCPT"),
-        ({"ignore": [1]}, "ignore: must be a list of strings"),
-        ({"without": None}, "without: must be a list of strings, not None"),
+        ({"without": ["x"]}, "without: must be one of SIZE, 8BITMIME, "),
+        ({"ignore": ["typo"]}, "ignore: must be one of bare-lf, bare-cr, "),
+        ({"fail": "RCPT * 550"}, "fail: must be a list of strings, not 'RCPT * 550'"),
+        ({"auth": ["u:p"]}, "auth: must be a dictionary {user: password}"),
         ({"handler": 5}, "handler: must be callable, not 5"),
-        ({"port": "25"}, "port: must be an integer, not '25'"),
-        ({"port": True}, "port: must be an integer, not True"),
-        ({"max_size": 1.5}, "max_size: must be an integer"),
-        ({"tls": 1}, "tls: must be one of starttls, required, implicit"),
-        ({"strict": "yes"}, "strict: must be True or False"),
-        ({"interface": None}, "interface: must be a string"),
-        ({"directory": 1}, "directory: must be a path or None"),
-        ({"auth": ["u:p"]}, "auth: must be a dictionary {user: password} of strings"),
-        ({"auth": {"u": b"p"}}, "auth: must be a dictionary"),
         ({"fial": []}, "unknown option 'fial'; the options are interface, port, directory"),
     ],
 )
-def test_option_types(options: dict[str, Any], text: str) -> None:
+def test_invalid_options(options: dict[str, Any], text: str) -> None:
     for use in (lambda: dsmtpd.Server(**options), lambda: dsmtpd.capture(**options).__enter__()):
-        with pytest.raises(TypeError, match=re.escape(text)) as caught:
+        with pytest.raises((TypeError, ValueError), match=re.escape(text)) as caught:
             use()
         assert len(str(caught.value).splitlines()) == 1
 
@@ -1735,11 +1609,6 @@ def test_typed_options() -> None:
         if isinstance(node, ast.ClassDef)
     }
     assert classes["Options"] == classes["Config"]
-
-
-def test_unknown_warning_name() -> None:
-    with pytest.raises(ValueError, match="ignore: unknown name typo; one of bare-lf, bare-cr"):
-        dsmtpd.Server(ignore=["typo"])
 
 
 @pytest.mark.parametrize("code", [(250, "2.0.0"), (550, "4.0.0"), (550, ""), (600, "6.0.0")])
@@ -1766,7 +1635,7 @@ REPLIES = re.compile(rb"(?:(?:[2-5]\d\d-[ -~]*\r\n)*[2-5]\d\d [ -~]*\r\n)*")
 
 
 # A longer run: DSMTPD_FUZZ=10000 python -m pytest -k random_input
-@pytest.mark.parametrize("seed", range(int(os.environ.get("DSMTPD_FUZZ", "100"))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("DSMTPD_FUZZ", "50"))))
 def test_random_input(seed: int) -> None:
     """The replies are well-formed and do not depend on how the input is split.
 
@@ -1778,13 +1647,13 @@ def test_random_input(seed: int) -> None:
     whole, split = Client(**options), Client(**options)
     replies = whole.send(data)
     assert REPLIES.fullmatch(replies)
-    pieces = b""
+    replies_to_pieces = b""
     remaining = data
     while remaining:
         size = generator.randint(1, generator.choice([2, 400]))
-        pieces += split.send(remaining[:size])
+        replies_to_pieces += split.send(remaining[:size])
         remaining = remaining[size:]
-    assert pieces == replies
+    assert replies_to_pieces == replies
     assert without_early_talker(split) == without_early_talker(whole)
     assert REPLIES.fullmatch(Client(tls="starttls").send(data).replace(b"<StartTLS()>\r\n", b""))
 
@@ -1807,11 +1676,7 @@ FAILURES: list[tuple[list[str], list[str], str]] = [
     (["EHLO *.test 550"], ["EHLO x", "EHLO a.test"], "250 550"),
     (["STARTTLS * 454 4.7.0 TLS not available"], ["STARTTLS", "NOOP"], "454 250"),
     (["AUTH login* 535 5.7.8"], ["AUTH LOGIN", "AUTH PLAIN", "*"], "535 334 501"),
-    (
-        ["BDAT * x1 452"],
-        [*MESSAGE[:2], "BDAT 4", "QU", "NOOP", MESSAGE[0]],
-        "250 250 452 - 250 250",
-    ),
+    (["BDAT * x1 452"], [*MESSAGE[:2], "BDAT 4", "QU", MESSAGE[0]], "250 250 - 452 250"),
     (["BDAT * 452"], [*MESSAGE[:2], "BDAT 2 LAST\r\n", "NOOP"], "250 250 452 250"),
     ([". * 451"], [*MESSAGE[:2], "BDAT 0 LAST", "NOOP"], "250 250 451 250"),
     (["RSET * 421"], ["RSET", "NOOP"], "421 -"),
@@ -1819,13 +1684,9 @@ FAILURES: list[tuple[list[str], list[str], str]] = [
     (["VRFY root 550"], ["VRFY you", "VRFY root"], "252 550"),
     (["QUIT * 450"], ["QUIT", "NOOP"], "450 250"),
     (["HELP * 500"], ["HELP", "NOOP"], "500 250"),
-    (
-        ["MAIL * x2 ok", "MAIL * 421 4.7.0 Slow down"],
-        ["MAIL F", "MAIL", *MESSAGE[:1]],
-        "501 501 421",
-    ),
-    (["NOOP * 500"], ["NOOP"] * 40, " ".join(["500"] * 40)),
+    (["MAIL * x2 ok", "MAIL * 421 4.7.0"], ["MAIL F", "MAIL", *MESSAGE[:1]], "501 501 421"),
     (["NOOP * 550 5.7.1 Go drop it"], ["NOOP", "NOOP"], "550 550"),
+    ([" noop  * X1  450  4.7.0  Later "], ["NOOP", "NOOP"], "450 250"),
 ]
 
 
@@ -1855,7 +1716,7 @@ def test_drop_and_delay_for_each_verb(verb: str, caplog: pytest.LogCaptureFixtur
     assert f"rule {verb} * delay 1.5" in caplog.text
     dropped = Client(fail=[f"{verb} * drop"])
     replies = dropped.greeting + dropped.send(data)
-    assert replies.partition(b"<Close()>\r\n")[0] == first
+    assert replies == first + b"<Close()>\r\n"
 
 
 @pytest.mark.parametrize(
@@ -1871,47 +1732,36 @@ def test_rule_that_replies_and_drops(rule: str, reply: bytes) -> None:
     assert Client(fail=[rule]).send(b"NOOP\r\n").startswith(reply)
 
 
-def test_rules_of_a_running_server() -> None:
-    with dsmtpd.capture(fail=["RCPT * 550"]) as inbox:
-        with pytest.raises(smtplib.SMTPRecipientsRefused):
-            send(inbox)
-        inbox.fail(". * 554 5.6.0 No", "DATA * ok")
-        with pytest.raises(smtplib.SMTPDataError, match="No"):
-            send(inbox)
-        with pytest.raises(ValueError, match="expected one of"):
-            inbox.fail("nonsense")
-        inbox.fail()
-        send(inbox)
-        assert len(inbox.messages) == 1
-
-
-def test_rejecting_greeting() -> None:
+@pytest.mark.parametrize("size", [1, 1000, 100_000])
+def test_rejecting_greeting(size: int) -> None:
     client = Client(fail=["CONNECT 127.0.0.1 554 5.7.1 Go away"])
     assert client.greeting == b"554 5.7.1 Go away\r\n"
     lines = ["EHLO x", "MAIL FROM:<a@b>", "NOOP " + "x" * 20_000, "NOOP", "QUIT", "QUIT"]
-    assert client.codes(*lines) == "503 503 500 503 221 -"
+    replies = client.send_in_pieces("\r\n".join([*lines, ""]).encode(), size)
+    assert [line[:3] for line in replies.splitlines()] == [b"503", b"503", b"500", b"503", b"221"]
     assert Client(fail=["CONNECT 127.0.0.2 554"]).greeting.startswith(b"220")
 
 
 @pytest.mark.parametrize(
     ("rule", "error"),
     [
-        ("", " >>>nothing<<< expected one of CONNECT EHLO HELO"),
-        ("RCTP * 550", " >>>RCTP * 550<<< expected one of CONNECT EHLO HELO"),
-        ("DATA *invoice* 550", "DATA >>>*invoice* 550<<< expected a pattern that can match: DATA"),
-        ("quit now 550", "quit >>>now 550<<< expected a pattern that can match: QUIT has no"),
-        ("CONNECT localhost 450", "CONNECT >>>localhost 450<<< expected a pattern that can match"),
-        ("RCPT <a@b> 450", "RCPT >>><a@b> 450<<< expected a pattern that can match: RCPT has"),
-        ("RCPT", "RCPT >>>nothing<<< expected a pattern"),
-        ("RCPT *", "RCPT * >>>nothing<<< expected a code"),
-        ("RCPT 550", "; the pattern is missing, as in 'RCPT * 550'"),
-        ("RCPT * x0 550", "RCPT * >>>x0 550<<< expected a code"),
-        ("RCPT * 250 OK", "RCPT * >>>250 OK<<< expected a code"),
-        ("RCPT * 550 4.1.1 text", "RCPT * >>>550 4.1.1 text<<< expected a code"),
-        ("RCPT * delay", "RCPT * >>>delay<<< expected a code"),
-        ("RCPT * delay soon", "RCPT * >>>delay soon<<< expected a code"),
-        ("RCPT * drop it", "RCPT * >>>drop it<<< expected a code"),
-        ("RCPT * x2", "RCPT * x2 >>>nothing<<< expected a code"),
+        ("", "rule '': it must begin with one of CONNECT EHLO HELO"),
+        ("RCTP * 550", "rule 'RCTP * 550': it must begin with one of CONNECT EHLO HELO"),
+        ("EXPN * 550", "it must begin with one of CONNECT EHLO HELO"),
+        ("DATA *invoice* 550", "the pattern *invoice* can never match: DATA has no argument"),
+        ("quit now 550", "the pattern now can never match: QUIT has no argument"),
+        ("CONNECT localhost 450", "the pattern localhost can never match: CONNECT has the address"),
+        ("RCPT <a@b> 450", "the pattern <a@b> can never match: RCPT has an address without"),
+        ("RCPT", "rule 'RCPT': incomplete; write it in quotes, such as 'RCPT * 550'"),
+        ("RCPT *", "expected a code from 400 to 599 [x.y.z] [text] [drop], delay SECONDS, drop or"),
+        ("RCPT 550", "the pattern is missing, as in 'RCPT * 550'"),
+        ("RCPT * x0 550", "drop or ok, not x0 550"),
+        ("RCPT * 250 OK", "drop or ok, not 250 OK"),
+        ("RCPT * 550 4.1.1 text", "not an error code with its enhanced status code: 550 4.1.1"),
+        ("RCPT * delay", "drop or ok, not delay"),
+        ("RCPT * delay soon", "drop or ok, not delay soon"),
+        ("RCPT * drop it", "drop or ok, not drop it"),
+        ("RCPT * x2", "drop or ok, not nothing"),
     ],
 )
 def test_invalid_rule(rule: str, error: str) -> None:
@@ -1919,38 +1769,30 @@ def test_invalid_rule(rule: str, error: str) -> None:
         dsmtpd.parse_rule(rule)
 
 
-def test_rule_verbs_are_the_commands() -> None:
-    assert sorted(dsmtpd.RULE_VERBS) == sorted(["CONNECT", ".", *dsmtpd.COMMANDS])
-
-
 def test_rule_counts_are_shared_and_delays_are_not() -> None:
-    rules = ["RCPT * x1 450", "NOOP * delay 0.3", "NOOP slow delay 60", "VRFY * drop"]
+    rules = ["RCPT * x1 450", "NOOP * delay 0.1", "NOOP slow delay 60", "VRFY * drop"]
 
-    async def scenario() -> None:
-        async with Server(port=0, handler=print, fail=rules) as server:
-            slow, fast = await Peer.connect(server), await Peer.connect(server)
-            for peer in (slow, fast):
-                await peer.reply()
-                await peer.exchange("EHLO x")
-                await peer.exchange("MAIL FROM:<a@b>")
-            assert (await slow.exchange("RCPT TO:<c@d>")).startswith("450 4.0.0 Scripted failure")
-            assert (await fast.exchange("RCPT TO:<c@d>")).startswith("250")
-            waiting = asyncio.create_task(slow.exchange("NOOP"))
-            assert (await fast.exchange("RSET")).startswith("250")
-            assert not waiting.done()
-            assert (await waiting).startswith("250")
-            fast.writer.write(b"RSET\r\nVRFY x\r\n")
-            assert (await fast.reply()).startswith("250")
-            assert await fast.reply() == ""
-            slow.writer.write(b"NOOP slow\r\n")
-            await slow.writer.drain()
-            closing = asyncio.create_task(server.close())
-            assert await slow.reply() in ("250 2.0.0 OK", "421 4.3.2 Shutting down")
-            await closing
-            await slow.close()
-            await fast.close()
+    async def scenario(server: Server, connect: Connect) -> None:
+        slow, fast = await connect(), await connect()
+        for peer in (slow, fast):
+            await peer.exchange("EHLO x")
+            await peer.exchange("MAIL FROM:<a@b>")
+        assert (await slow.exchange("RCPT TO:<c@d>")).startswith("450 4.0.0 Scripted failure")
+        assert (await fast.exchange("RCPT TO:<c@d>")).startswith("250")
+        waiting = asyncio.create_task(slow.exchange("NOOP"))
+        assert (await fast.exchange("RSET")).startswith("250")
+        assert not waiting.done()
+        assert (await waiting).startswith("250")
+        fast.writer.write(b"RSET\r\nVRFY x\r\n")
+        assert (await fast.reply()).startswith("250")
+        assert await fast.reply() == ""
+        slow.writer.write(b"NOOP slow\r\n")
+        await slow.writer.drain()
+        closing = asyncio.create_task(server.close())
+        assert await slow.reply() in ("250 2.0.0 OK", "421 4.3.2 Shutting down")
+        await closing
 
-    run(scenario)
+    serve(scenario, fail=rules)
 
 
 # --- Warnings -------------------------------------------------------------------------------
@@ -1975,11 +1817,13 @@ LINT: list[tuple[str, str, str]] = [
     ("BODY=8BITMIME", CLEAN + "\r\né\r\n", ""),
     ("BODY=8BITMIME", CLEAN + "Subject: é\r\n\r\né\r\n", "utf8-header"),
     ("BODY=8BITMIME SMTPUTF8", CLEAN + "Subject: é\r\n\r\né\r\n", ""),
-    ("BODY=BINARYMIME", CLEAN + "\r\né\r\n\n\r" + "x" * 1000, ""),
     ("", CLEAN + "Bcc: <hidden@x>\r\n\r\n", "bcc-header"),
     ("", CLEAN + "bcc: a\r\nBCC: b\r\n", "duplicate-field bcc-header"),
     ("", CLEAN + "To: a\r\nTo: b\r\nX: 1\r\nX: 2\r\n\r\nTo: c\r\n", "duplicate-field"),
     ("", CLEAN + "Subject: a\r\nsubject: b\r\n\r\n", "duplicate-field"),
+    ("", "X-Tag : a\r\n" + CLEAN + "To : a\r\nTo\t: b\r\n\r\n", "duplicate-field"),
+    ("", (CLEAN + "\r\nTo: a\r\nTo: b\r\n").replace("\r\n", "\r\r\n"), "bare-cr"),
+    ("", "é is text\r\n" + CLEAN, "missing-date missing-from missing-message-id"),
 ]
 
 
@@ -2000,117 +1844,76 @@ def test_lint(parameters: str, content: str, names: str) -> None:
             assert all(re.search(r" \(RFC \d+ section [\d.]+\)$", warning) for warning in warnings)
 
 
-def warnings_of(*chunks: bytes) -> list[str]:
-    """Return the warnings about a message that is sent in these chunks."""
-    client = Client()
-    for chunk in chunks:
-        client.send(chunk.replace(b"CLEAN", CLEAN.encode() + b"\r\n"))
-    (envelope,) = client.envelopes
-    return envelope.warnings
-
-
 def test_lint_of_command_lines() -> None:
     ehlo, mail = b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
-    assert warnings_of(ehlo, mail + b"DATA\r\n", b"CLEAN.\r\n") == []
-    assert warnings_of(ehlo, mail + b"BDAT 0 LAST\r\nQUIT\r\n")[0].startswith("missing-date")
+    data, content = b"DATA\r\n", CLEAN.encode() + b".\r\n"
     early = "early-talker: data was sent before the reply to {} (RFC 2920 section 3.1)"
-    assert warnings_of(ehlo + mail, b"DATA\r\n", b"CLEAN.\r\n") == [early.format("EHLO")]
-    assert warnings_of(b"HELO x\r\n" + mail, b"DATA\r\n", b"CLEAN.\r\n") == [early.format("HELO")]
-    assert warnings_of(ehlo, mail + b"DATA\r\nCLEAN.\r\n") == [early.format("DATA")]
-    assert warnings_of(ehlo, b"RSET\n", mail + b"DATA\r\n", b"CLEAN.\r\n") == [
-        "bare-lf: LF without CR after a command (RFC 5321 section 2.3.8)"
-    ]
-
-
-def test_ignored_warnings(caplog: pytest.LogCaptureFixture) -> None:
-    client = client_with_recipient(ignore=["missing-date", "missing-message-id"], strict=True)
-    assert client.codes("DATA", "From: a", ".") == "354 - 250"
-    assert client.envelopes[0].warnings == []
-    assert caplog.records == []
+    bare_lf = "bare-lf: LF without CR after a command (RFC 5321 section 2.3.8)"
+    for without, chunks, warnings in [
+        ([], [ehlo, mail + data, content], []),
+        ([], [ehlo, mail + b"BDAT %d LAST\r\n%b" % (len(CLEAN), CLEAN.encode())], []),
+        ([], [ehlo + mail, data, content], [early.format("EHLO")]),
+        ([], [b"HELO x\r\n" + mail, data, content], [early.format("HELO")]),
+        ([], [ehlo, mail + data + content], [early.format("DATA")]),
+        ([], [ehlo, b"RSET\n", mail + data, content], [bare_lf]),
+        (["PIPELINING"], [ehlo, mail, data, content], [early.format("MAIL")]),
+    ]:
+        client = Client(without=without)
+        for chunk in chunks:
+            client.send(chunk)
+        assert client.envelopes[0].warnings == warnings, chunks
 
 
 def test_lint_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    client = client_with_recipient()
-    client.codes("DATA", *CLEAN.split("\r\n")[:2], ".")
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        (
-            "WARNING",
-            "127.0.0.1:54321: missing-message-id: no Message-ID field (RFC 5322 section 3.6.4)",
-        )
-    ]
+    ignored = client_with_recipient(ignore=["missing-date", "missing-message-id"], strict=True)
+    assert ignored.codes("DATA", "From: a", ".") == "354 - 250"
+    assert ignored.envelopes[0].warnings == []
+    client_with_recipient().codes("DATA", *CLEAN.split("\r\n")[:2], ".")
+    text = "127.0.0.1:54321: missing-message-id: no Message-ID field (RFC 5322 section 3.6.4)"
+    assert caplog.record_tuples == [("dsmtpd", logging.WARNING, text)]
 
 
 # --- Refusals in the log ----------------------------------------------------------------------
 
-
-def refusals(caplog: pytest.LogCaptureFixture, *lines: str, **options: Any) -> list[str]:
-    """Return the log lines at the default level for a session."""
-    caplog.set_level("INFO", "dsmtpd")
-    Client(**options).codes(*lines)
-    return [
-        record.getMessage().removeprefix("127.0.0.1:54321: ")
-        for record in caplog.records
-        if "refused" in record.getMessage()
-    ]
-
-
-HELLO = "EHLO x"
+START = [HELLO, "MAIL FROM:<a@b>", "RCPT TO:<c@d>"]
+ACCOUNT = {"auth": {"u": "p"}}
 REFUSALS: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, [HELLO, "MAIL FROM:a@b"], "MAIL FROM:a@b refused: 501 5.5.4 Syntax: MAIL FROM:<address>"),
     ({}, ["MAIL FROM:<a@b>"], "MAIL FROM:<a@b> refused: 503 5.5.1 Send EHLO or HELO first"),
     ({}, ["expn  x"], "EXPN  x refused: 502 5.5.1 Command not implemented"),
     ({}, ["x\x1by\x00"], "x\\x1by\\x00 refused: 500 5.5.2 Command not recognized"),
+    ({}, ["."], ". refused: 500 5.5.2 Command not recognized"),
     ({}, [""], "empty line refused: 500 5.5.2 Command not recognized"),
     ({}, ["NOOP", "X" * 20_000], "(line of over 12288 octets) refused: 500 5.5.2 Line too long"),
-    ({}, [HELLO, "AUTH XYZ"], "AUTH XYZ refused: 504 5.5.4 Unknown authentication mechanism"),
     ({}, ["STARTTLS"], "STARTTLS refused: 502 5.5.1 TLS is not available (see --tls)"),
     ({}, ["GET / HTTP/1.1"], "GET / HTTP/1.1 refused: 421 4.7.0 HTTP request refused"),
-    (
-        {"fail": ["RCPT * 550 5.1.1 No such user"]},
-        [HELLO, "MAIL FROM:<a@b>", "RCPT TO:<b@x.test>"],
-        "RCPT TO:<b@x.test> refused: 550 5.1.1 No such user",
-    ),
+    ({"fail": ["RCPT * 550 5.1.1 No"]}, START, "RCPT TO:<c@d> refused: 550 5.1.1 No"),
     ({"fail": ["CONNECT * 554 5.7.1 No"]}, [], "CONNECT 127.0.0.1 refused: 554 5.7.1 No"),
     (
         {"max_size": 5},
-        [HELLO, "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "123456", "."],
+        [*START, "DATA", "123456", "."],
         "DATA refused: 552 5.3.4 Message exceeds the maximum size",
     ),
     (
         {"strict": True},
-        [HELLO, "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "Subject: Hi", "."],
+        [*START, "DATA", "Subject: Hi", "."],
         "message a@b -> c@d [Hi] refused: 554 5.6.0"
         " missing-date: no Date field (RFC 5322 section 3.6.1)",
     ),
+    (ACCOUNT, START[:2], "MAIL FROM:<a@b> refused: 530 5.7.0 Authentication required"),
     (
-        {"auth": {"u": "p"}},
-        [HELLO, "MAIL FROM:<a@b>"],
-        "MAIL FROM:<a@b> refused: 530 5.7.0 Authentication required",
+        ACCOUNT,
+        [HELLO, "AUTH PLAIN " + b64("\0\x1bob\0pass")],
+        "AUTH PLAIN *** refused: 535 5.7.8 Authentication failed (user '\\x1bob': unknown user)",
     ),
     (
-        {"auth": {"u": "p"}},
-        [HELLO, "AUTH PLAIN AGJvYgBwYXNz"],
-        "AUTH PLAIN *** refused: 535 5.7.8 Authentication failed (user 'bob': unknown user)",
-    ),
-    (
-        {"auth": {"u": "p"}},
+        ACCOUNT,
         [HELLO, "AUTH LOGIN", "dQ==", "cGFzcw=="],
         "AUTH LOGIN refused: 535 5.7.8 Authentication failed (user 'u': wrong password)",
     ),
-    (
-        {},
-        [HELLO, "AUTH CRAM-MD5"],
-        "AUTH CRAM-MD5 refused: 504 5.5.4 Unknown authentication mechanism",
-    ),
-    (
-        {},
-        [HELLO, "AUTH hunter2"],
-        "AUTH *** refused: 504 5.5.4 Unknown authentication mechanism",
-    ),
-    (
-        {},
-        [HELLO, "AUTH c2VjcmV0"],
-        "AUTH *** refused: 504 5.5.4 Unknown authentication mechanism",
+    *(
+        ({}, [HELLO, line], "AUTH *** refused: 504 5.5.4 Unknown authentication mechanism")
+        for line in ("AUTH XYZ", "AUTH CRAM-MD5", "AUTH hunter2", "AUTH c2VjcmV0")
     ),
 ]
 
@@ -2119,30 +1922,59 @@ REFUSALS: list[tuple[dict[str, Any], list[str], str]] = [
 def test_refusal_is_logged(
     options: dict[str, Any], lines: list[str], text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert refusals(caplog, *lines, **options) == [text]
+    Client(**options).codes(*lines)
+    assert [text for text in caplog.messages if "refused" in text] == [f"127.0.0.1:54321: {text}"]
 
 
-def test_accepted_messages_log_no_refusal(caplog: pytest.LogCaptureFixture) -> None:
-    lines = [HELLO, "AUTH PLAIN AHUAcA==", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", ".", "QUIT"]
-    assert refusals(caplog, *lines) == []
+def test_refusals() -> None:
+    """They have the verb in upper case, as rules do, and no secrets."""
+    refusals: list[dsmtpd.Refusal] = []
+    session = dsmtpd.Session(Config(), "[::1]:25", on_refusal=refusals.append)
+    lines = ["x: y", ".", "", "expn  x", HELLO, "AUTH x y", "dXNlcg=="]
+    for _ in session.receive("\r\n".join([*lines, ""]).encode(), NOW.timestamp()):
+        pass
+    assert [(item.verb, item.argument, item.reply.code) for item in refusals] == [
+        ("", "x: y", 500),
+        ("", ".", 500),
+        ("", "", 500),
+        ("EXPN", " x", 502),
+        ("AUTH", "***", 504),
+        ("", "***", 500),
+    ]
+    assert {(item.peer, item.time) for item in refusals} == {("[::1]:25", NOW)}
 
 
-def test_session_without_a_message(caplog: pytest.LogCaptureFixture) -> None:
-    """With -v, the log says why no message arrived."""
+def test_log_of_control_characters(caplog: pytest.LogCaptureFixture) -> None:
+    """Text from a client cannot control the terminal."""
     caplog.set_level("DEBUG", "dsmtpd")
-    for lines, text in [
-        ([], "Closed without a message after the greeting"),
-        ([HELLO], "Closed without a message after EHLO (the client may require TLS: see --tls)"),
-        ([HELLO, "MAIL FROM:<a@b>"], "Closed without a message after MAIL"),
+    client = Client(strict=True)
+    evil = "\x1b[31m red \x9b\u202e"
+    client.codes(f"EHLO {evil}", f"NOOP {evil}", HELLO, f'MAIL FROM:<"{evil}"@x>')
+    client.codes("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", f"Subject: {evil}\n\nforged", ".")
+    assert "\\x1b[31m red" in caplog.text
+    assert all(text.isprintable() for text in caplog.messages)
+
+
+def test_hint_at_tls(caplog: pytest.LogCaptureFixture) -> None:
+    """It says why a client that has read what a server without TLS offers may have left."""
+    caplog.set_level("INFO", "dsmtpd")
+    hint = "127.0.0.1:54321: Closed without a message; if the client requires TLS, use --tls"
+    for tls, lines, is_hinted in [
+        (None, [HELLO], True),
+        (None, [HELLO, "QUIT"], True),
+        (None, ["HELO x", "STARTTLS"], True),
+        (None, [], False),
+        (None, ["QUIT"], False),
+        (None, [HELLO, "NOOP"], False),
+        (None, [HELLO, "XYZZY"], False),
+        (None, [*START, "DATA", ".", "QUIT"], False),
+        ("starttls", [HELLO], False),
     ]:
-        client = Client()
+        client = Client(tls=tls)
         client.codes(*lines)
         client.session.end()
-        assert caplog.messages[-1] == f"127.0.0.1:54321: {text}"
-    client = client_with_recipient()
-    client.codes("DATA", ".")
-    client.session.end()
-    assert "Closed without" not in caplog.messages[-1]
+        assert (hint in caplog.messages) is is_hinted, lines
+        caplog.clear()
 
 
 def test_tls_client_on_a_plain_port(caplog: pytest.LogCaptureFixture) -> None:
@@ -2164,15 +1996,23 @@ def envelope(**changes: Any) -> Envelope:
 
 
 def test_trace_header() -> None:
-    text = dsmtpd.trace_header(envelope(rcpt_tos=["b@y.test", "c@z.test"]), "KEY").decode()
+    changes = {"rcpt_tos": ["b@y.test", "c@z.test"], "helo": "app);X-Bad:1 é"}
+    text = dsmtpd.trace_header(envelope(**changes), "KEY").decode()
     assert text == (
         "Return-Path: <a@x.test>\n"
         "X-Peer: 127.0.0.1:54321\n"
         "X-MailFrom: a@x.test\n"
         "X-RcptTo: b@y.test, c@z.test\n"
-        f"Received: from app.test (127.0.0.1) by {dsmtpd.HOSTNAME} (dsmtpd {dsmtpd.__version__})"
-        " with ESMTP id KEY; Sat, 21 Nov 2026 12:00:00 +0000\n"
+        f"Received: from app??X-Bad:1?? (127.0.0.1) by {dsmtpd.HOSTNAME}"
+        f" (dsmtpd {dsmtpd.__version__}) with ESMTP id KEY; Sat, 21 Nov 2026 12:00:00 +0000\n"
     )
+
+
+def runs_of_spaces(seed: int) -> str:
+    """Return an address with words and runs of spaces of lengths near that of a folded line."""
+    generator = random.Random(seed)
+    runs = [character * generator.choice([1, 2, 99, 188, 240, 300]) for character in "a b c d e"]
+    return f'"{"".join(runs)}"@y'
 
 
 @pytest.mark.parametrize(
@@ -2188,74 +2028,121 @@ def test_trace_header() -> None:
         ['"' + "a" * 188 + " " * 99 + "b" * 300 + '"@y'],
         ["=?utf-8?q?no?=@y"],
         ["😀" * 500 + "@y"],
+        *([runs_of_spaces(seed)] * (1 + seed % 3) for seed in range(30)),
     ],
 )
 def test_trace_header_contains_every_address(rcpt_tos: list[str]) -> None:
+    """No line consists of spaces: some readers would end the header section there."""
     changes = {"mail_from": rcpt_tos[0], "rcpt_tos": rcpt_tos, "helo": "h" * 12_000}
     data = dsmtpd.trace_header(envelope(**changes), "KEY")
     assert max(map(len, data.splitlines())) < 998
     assert all(line.strip() for line in data.splitlines())
     message = email.message_from_bytes(data + b"X-Last: 1\n\n")
-    assert message.keys() == [
-        "Return-Path", "X-Peer", "X-MailFrom", "X-RcptTo", "Received", "X-Last"
-    ]  # fmt: skip
+    assert message.keys() == "Return-Path X-Peer X-MailFrom X-RcptTo Received X-Last".split()
     unfolded = re.sub(r"\n(?= )", "", message["X-RcptTo"])
     ((decoded, charset),) = email.header.decode_header(unfolded)
     decoded = decoded.decode(charset or "ascii") if isinstance(decoded, bytes) else decoded
     assert decoded == ", ".join(rcpt_tos)
 
 
-@pytest.mark.parametrize("seed", range(50))
-def test_trace_header_with_runs_of_spaces(seed: int) -> None:
-    """No line consists of spaces: some readers would end the header section there."""
-    generator = random.Random(seed)
-    runs = [character * generator.choice([1, 2, 99, 188, 240, 300]) for character in "a b c d e"]
-    address = f'"{"".join(runs)}"@y'
-    changes = {"mail_from": address, "rcpt_tos": [address] * generator.randint(1, 3)}
-    lines = dsmtpd.trace_header(envelope(**changes), "KEY").split(b"\n")
-    assert lines.pop() == b""
-    assert all(line.strip() for line in lines)
-    assert max(map(len, lines)) < 998
+@pytest.mark.parametrize(
+    ("content", "stored"),
+    [
+        (b"", b"\n"),
+        (b"\r\n", b"\n"),
+        (b"Subject: Hi", b"Subject: Hi\n\n"),
+        (b"Subject: Hi\r\n", b"Subject: Hi\n\n"),
+        (b"Subject: Hi\r\n\r\n", b"Subject: Hi\n\n"),
+        (b"Subject: Hi\r\n\r\nText", b"Subject: Hi\n\nText"),
+        (b"Hello!\r\n", b"\nHello!\n"),
+        (b" folded\r\nText", b"\n folded\nText"),
+        (b"From me\r\nX: y\r\n\r\n", b"\nFrom me\nX: y\n\n"),
+        (b"\r\nText", b"\nText"),
+        (b"A: b\r\n\r\n\xff \r \n \x00\r\n\r\r\nend", b"A: b\n\n\xff \r \n \x00\n\r\nend"),
+    ],
+)
+def test_stored_content(content: bytes, stored: bytes) -> None:
+    """The header section ends with an empty line, and content is never a part of our fields."""
+    data = dsmtpd.stored_content(envelope(content=content), "KEY")
+    assert data == dsmtpd.trace_header(envelope(), "KEY") + stored
+    assert email.message_from_bytes(data)["Received"].endswith("+0000")
 
 
-def test_trace_header_with_unsafe_helo() -> None:
-    client = Client()
-    client.codes("EHLO evil);X-Bad:1", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", ".")
-    text = dsmtpd.trace_header(client.envelopes[0], "KEY").decode()
-    assert "from evil??X-Bad:1 (" in text
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def test_stored_file(tmp_path: Path) -> None:
-    store = dsmtpd.Maildir(tmp_path / "deep" / "mail")
-    content = b"Subject: Hi\r\n\r\n8-bit \xff, bare \r, bare \n, \x00\r\n\r\r\nno end"
-    path = store.store(envelope(content=content))
-    assert path.parent == tmp_path / "deep" / "mail" / "new"
-    data = path.read_bytes()
-    header, _, rest = data.partition(b"Subject: ")
-    assert header == dsmtpd.trace_header(envelope(), path.name)
-    assert b"Subject: " + rest == content.replace(b"\r\n", b"\n")
-    assert list((tmp_path / "deep" / "mail" / "tmp").iterdir()) == []
-    message = mailbox.Maildir(tmp_path / "deep" / "mail", create=False)[path.name]
-    assert message["X-Peer"] == "127.0.0.1:54321"
+def test_maildir(tmp_path: Path) -> None:
+    maildir = dsmtpd.Maildir(tmp_path / "deep" / "mail")
+    key = maildir.add(b"A: 1\r\n\nbytes are stored unchanged")
+    assert maildir.path == tmp_path / "deep" / "mail"
+    assert (maildir.path / "new" / key).read_bytes() == b"A: 1\r\n\nbytes are stored unchanged"
+    assert maildir.add(b"A: 2\n\n", "given") == "given"
+    other = email.message.EmailMessage()
+    other["A"] = "3"
+    added = [maildir.add(other), maildir.add("A: 4\n\n"), maildir.add(io.BytesIO(b"A: 5\n\n"))]
+    assert {maildir[key]["A"] for key in added} == {"3", "4", "5"}
+    assert sorted(message["A"] for message in maildir) == ["1", "2", "3", "4", "5"]
+    shutil.rmtree(maildir.path)
+    assert files(tmp_path) == ["deep"]
+    maildir.add(b"A: 6\n\n", "again")  # the directory is created again
+    assert files(maildir.path) == ["cur", "new", "new/again", "tmp"]
+    assert len(maildir) == 1
+
+
+def test_start_changes_no_file_of_a_maildir(tmp_path: Path) -> None:
+    """A program that watches new sees no other files, and those in tmp may belong to others."""
+    dsmtpd.Maildir(tmp_path)
+    old = tmp_path / "tmp" / "old"
+    old.touch()
+    for path in (old, tmp_path / "tmp", tmp_path / "new"):
+        os.utime(path, (0, 0))
+    maildir = dsmtpd.Maildir(tmp_path)
+    assert [path.stat().st_mtime for path in (tmp_path / "tmp", tmp_path / "new")] == [0, 0]
+    maildir.add(b"")
+    assert old.exists()
+
+
+@POSIX
+def test_full_disk(tmp_path: Path) -> None:
+    code = (
+        "import dsmtpd, resource\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "maildir = dsmtpd.Maildir('mail')\n"
+        "try: maildir.add(bytes(101))\n"
+        "except OSError as error: print(error)\n"
+        "maildir.add(bytes(100), 'fits')\n"
+    )
+    assert "File too large" in python(code, tmp_path).stdout
+    assert files(tmp_path / "mail") == ["cur", "new", "new/fits", "tmp"]
+
+
+def test_storage_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is left of a message that cannot be stored."""
+    with dsmtpd.capture(directory=tmp_path / "mail") as inbox:
+        (tmp_path / "mail" / "new").rmdir()
+        (tmp_path / "mail" / "new").touch()
+        with pytest.raises(smtplib.SMTPDataError, match="Cannot store the message, try again"):
+            send(inbox)
+        assert files(tmp_path / "mail") == ["cur", "new", "tmp"]
+        (tmp_path / "mail" / "new").unlink()
+        send(inbox)
+        assert inbox.wait().path in list((tmp_path / "mail" / "new").iterdir())
+    assert "Cannot store a message from 127.0.0.1:" in caplog.text
 
 
 def test_concurrent_deliveries(tmp_path: Path) -> None:
-    stores = [dsmtpd.Maildir(tmp_path / "mail") for _ in range(2)]
-    threads = [
-        threading.Thread(target=lambda store=store: [store.store(envelope()) for _ in range(50)])
-        for store in stores * 2
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert stores[0].count() == 200
+    def add(maildir: dsmtpd.Maildir) -> None:
+        for _ in range(50):
+            maildir.add(b"Subject: Hi\n\n")
+
+    maildirs = [dsmtpd.Maildir(tmp_path) for _ in range(2)]
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        list(executor.map(add, maildirs * 2))
+    assert len(maildirs[0]) == 200
 
 
 def test_maildir_creation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def folders(path: Path) -> set[str]:
-        return {entry.name for entry in path.iterdir()}
-
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".gitignore").touch()
     (tmp_path / "git" / "cur").mkdir(parents=True)
@@ -2263,103 +2150,27 @@ def test_maildir_creation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "other" / "file").touch()
     for name in ("empty", "git", "missing"):
         dsmtpd.Maildir(tmp_path / name)
-        assert folders(tmp_path / name) - {".gitignore"} == {"cur", "new", "tmp"}
+        assert [name for name in files(tmp_path / name) if name != ".gitignore"] == [
+            "cur",
+            "new",
+            "tmp",
+        ]
     with pytest.raises(mailbox.Error, match="other is not a Maildir: it has no cur, new, tmp"):
         dsmtpd.Maildir(tmp_path / "other")
     with pytest.raises(mailbox.Error, match="is not a directory"):
         dsmtpd.Maildir(tmp_path / "other" / "file")
-    assert folders(tmp_path / "other") == {"file"}
+    assert files(tmp_path / "other") == ["file"]
     monkeypatch.chdir(tmp_path / "other")
     assert dsmtpd.Maildir().path == tmp_path / "other"
-    assert folders(tmp_path / "other") == {"file", "cur", "new", "tmp"}
+    assert files(tmp_path / "other") == ["cur", "file", "new", "tmp"]
 
 
-# Each of these damages a Maildir, and returns the function that repairs it.
-
-
-def remove_tmp(mail: Path) -> Callable[[], None]:
-    (mail / "tmp").rmdir()
-    return (mail / "tmp").mkdir
-
-
-def replace_new(mail: Path) -> Callable[[], None]:
-    (mail / "new").rmdir()
-    (mail / "new").touch()
-
-    def repair() -> None:
-        (mail / "new").unlink()
-        (mail / "new").mkdir()
-
-    return repair
-
-
-def remove_maildir(mail: Path) -> Callable[[], None]:
-    shutil.rmtree(mail)
-
-    def repair() -> None:
-        dsmtpd.Maildir(mail)
-
-    return repair
-
-
-@pytest.mark.parametrize("damage", [remove_tmp, replace_new, remove_maildir])
-def test_storage_error(damage: Callable[[Path], Callable[[], None]], tmp_path: Path) -> None:
-    mail = tmp_path / "mail"
-    store = dsmtpd.Maildir(mail)
-    repair = damage(mail)
-    with pytest.raises(SMTPError) as caught:
-        store.store(envelope())
-    assert caught.value.reply == Reply(451, "4.3.0", "Cannot store the message, try again later")
-    assert not [path for path in mail.rglob("*") if path.is_file() and path.name != "new"]
-    repair()
-    store.store(envelope())
-    assert store.count() == 1
-
-
-def test_rename_with_an_error_although_it_has_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rename = os.rename
-
-    def rename_twice(source: str, target: str) -> None:
-        rename(source, target)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", rename_twice)
-    store = dsmtpd.Maildir(tmp_path / "mail")
-    assert store.store(envelope()).read_bytes().endswith(b"Text\n")
-    assert store.count() == 1
-
-
-def test_no_memory_to_store_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(descriptor: int) -> None:
-        raise MemoryError
-
-    store = dsmtpd.Maildir(tmp_path / "mail")
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(MemoryError):
-        store.store(envelope())
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-@pytest.mark.parametrize("is_default", [False, True])
-def test_leftovers_in_tmp(
-    is_default: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the current directory, tmp may have other files."""
-    monkeypatch.chdir(tmp_path)
-    store = dsmtpd.Maildir(tmp_path)
-    old, recent = tmp_path / "tmp" / "old", tmp_path / "tmp" / "recent"
-    folder = tmp_path / "tmp" / "folder"
-    folder.mkdir()
-    for file, hours in ((old, 37), (recent, 35), (folder, 37)):
-        if file != folder:
-            file.touch()
-        os.utime(file, (time.time() - hours * 3600,) * 2)
-    store = dsmtpd.Maildir(None if is_default else tmp_path)
-    assert store.path == tmp_path
-    kept = {old, recent, folder} if is_default else {recent, folder}
-    assert set((tmp_path / "tmp").iterdir()) == kept
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_maildir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "new").symlink_to("/proc/self")
+    for directory in (tmp_path, Path("/proc/self/mail")):
+        with pytest.raises(mailbox.Error, match=f"cannot write to {directory}"):
+            dsmtpd.Maildir(directory)
 
 
 # --- Server -------------------------------------------------------------------------------
@@ -2371,10 +2182,7 @@ class Peer:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
-
-    @classmethod
-    async def connect(cls, server: Server, host: str | None = None) -> Peer:
-        return cls(*await asyncio.open_connection(host or server.host, server.port))
+        self.greeting = ""
 
     async def reply(self) -> str:
         """Return the last line of the next reply."""
@@ -2388,10 +2196,8 @@ class Peer:
         return await self.reply()
 
     async def send_mail(self, fields: str = "Subject: Hi") -> str:
-        await self.exchange("EHLO x")
-        await self.exchange("MAIL FROM:<a@b>")
-        await self.exchange("RCPT TO:<c@d>")
-        await self.exchange("DATA")
+        for line in (*START, "DATA"):
+            await self.exchange(line)
         return await self.exchange(f"{CLEAN}{fields}\r\n.")
 
     async def close(self) -> None:
@@ -2400,23 +2206,72 @@ class Peer:
             await self.writer.wait_closed()
 
 
+Connect = Callable[..., Awaitable[Peer]]
+
+
 def run(scenario: Callable[[], Any]) -> None:
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
+def serve(scenario: Callable[[Server, Connect], Awaitable[None]], **options: Any) -> None:
+    """Run a scenario with a server, and with a function that returns a client of it."""
+
+    async def run_scenario() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            server = Server(**{"port": 0, "handler": str, **options})
+
+            async def connect(**arguments: Any) -> Peer:
+                """Return a client that has read the greeting."""
+                arguments = {"host": server.host, "port": server.port, **arguments}
+                peer = Peer(*await asyncio.open_connection(**arguments))
+                stack.push_async_callback(peer.close)
+                peer.greeting = await peer.reply()
+                return peer
+
+            async with server:
+                await scenario(server, connect)
+
+    run(run_scenario)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Run the event loop until the condition is true."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+class SlowHandler:
+    """A handler that returns after `release` is set, if the subject is "slow"."""
+
+    def __init__(self) -> None:
+        self.started, self.release = threading.Event(), threading.Event()
+        self.envelopes: list[Envelope] = []
+
+    def __call__(self, envelope: Envelope) -> None:
+        if envelope.subject == "slow":
+            self.started.set()
+            assert self.release.wait(20)
+        self.envelopes.append(envelope)
+
+
+SLOW = [*START, "DATA", f"{CLEAN}Subject: slow\r\n", "."]
+
+
 def test_server(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with Server(port=0, directory=tmp_path / "mail") as server:
-            peer = await Peer.connect(server)
-            assert (await peer.reply()).startswith(f"220 {dsmtpd.HOSTNAME} ESMTP dsmtpd ")
-            assert await peer.send_mail() == "250 2.0.0 Message accepted"
-            waiting = asyncio.create_task(server.serve_forever())
+    async def scenario(server: Server, connect: Connect) -> None:
+        peer = await connect()
+        assert await peer.send_mail() == "250 2.0.0 Message accepted"
+        waiting = asyncio.create_task(server.serve_forever())
+        with pytest.raises(RuntimeError, match="a Server can be started only once"):
+            await server.start()
+        await server.close()
         await waiting
         assert await peer.reply() == "421 4.3.2 Shutting down"
         assert await peer.reply() == ""
-        await peer.close()
+        with pytest.raises(RuntimeError, match="a Server can be started only once"):
+            await server.start()
 
-    run(scenario)
+    serve(scenario, directory=tmp_path / "mail", handler=None)
     (message,) = mailbox.Maildir(tmp_path / "mail")
     assert message["Subject"] == "Hi"
     assert message["X-Peer"].startswith("127.0.0.1:")
@@ -2430,26 +2285,21 @@ def has_ipv6() -> bool:
     return True
 
 
-@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
-def test_ipv6_and_host_name() -> None:
-    envelopes: list[Envelope] = []
-
-    async def scenario() -> None:
-        async with Server(interface="::1", port=0, handler=envelopes.append) as server:
-            assert server.addresses == [("::1", server.port)]
-            peer = await Peer.connect(server)
-            await peer.reply()
-            assert (await peer.send_mail()).startswith("250")
-            await peer.close()
-        async with Server(interface="localhost", port=0, handler=envelopes.append) as server:
-            for host in {info[4][0] for info in socket.getaddrinfo("localhost", 0)}:
-                peer = await Peer.connect(server, str(host))
-                await peer.reply()
-                await peer.close()
-
-    run(scenario)
-    assert envelopes[0].peer.startswith("[::1]:")
-    assert b"from x ([::1]) by" in dsmtpd.trace_header(envelopes[0], "KEY")
+@pytest.mark.skipif(not (has_ipv6() and socket.has_dualstack_ipv6()), reason="needs dual stack")
+def test_all_interfaces(caplog: pytest.LogCaptureFixture) -> None:
+    """An IPv4 client of :: is logged, stored and matched by rules with its IPv4 address."""
+    caplog.set_level("INFO", "dsmtpd")
+    with dsmtpd.capture(interface="::", fail=["CONNECT 127.0.0.1 x1 554"]) as inbox:
+        assert inbox.url == f"smtp://[::1]:{inbox.port}"
+        with pytest.raises(smtplib.SMTPConnectError):
+            smtplib.SMTP("127.0.0.1", inbox.port)
+        for host in (inbox.host, "127.0.0.1"):
+            with smtplib.SMTP(host, inbox.port) as client:
+                client.sendmail("a@b", ["c@d"], CLEAN)
+    for message, host in zip(inbox.messages, ("[::1]", "127.0.0.1"), strict=True):
+        assert message.peer.startswith(f"{host}:")
+        assert f" ({host}) by ".encode() in dsmtpd.trace_header(message, "KEY")
+        assert f"{message.peer}: a@b -> c@d []" in caplog.text
 
 
 def test_handler_results(caplog: pytest.LogCaptureFixture) -> None:
@@ -2471,11 +2321,6 @@ def test_handler_results(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-class IncompleteError(SMTPError):
-    def __init__(self, text: str) -> None:
-        """Do not call the method of SMTPError."""
-
-
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     "error",
@@ -2484,8 +2329,7 @@ class IncompleteError(SMTPError):
         StopIteration("too few"),
         pytest.fail.Exception("unexpected mail"),  # not an Exception
         GeneratorExit("end of a generator"),
-        asyncio.CancelledError("end of a task"),
-        IncompleteError("no reply"),
+        SystemExit("over"),
     ],
     ids=repr,
 )
@@ -2503,60 +2347,52 @@ def test_handler_exceptions(
     assert str(error) in caplog.text
 
 
-def test_log_of_control_characters(tmp_path: Path) -> None:
-    """Text from a message cannot control the terminal."""
-    (tmp_path / "handlers.py").write_text(
-        "import dsmtpd\n"
-        "def refuse(envelope):\n"
-        "    raise dsmtpd.SMTPError(550, '5.0.0', envelope.content.decode())\n"
-    )
-    options = ["-v", "--handler", "handlers:refuse"]
-    with process(*options, cwd=tmp_path, last_line="Handing the") as server:
-        with smtplib.SMTP("127.0.0.1", server.port) as client:
-            with pytest.raises(smtplib.SMTPDataError):
-                client.sendmail("a@b", ["c@d"], "\x1b[31m red \x9b\u202e\nforged".encode())
-        _, text = server.stop()
-    assert all(line.isprintable() for line in text.splitlines())
-    assert "\\x1b[31m red" in text
-    assert "\nforged" not in text
+def replies_with(handler: Callable[[Envelope], object], **options: Any) -> list[str]:
+    """Return the replies to the content and to NOOP."""
+    replies = []
+
+    async def scenario(server: Server, connect: Connect) -> None:
+        peer = await connect()
+        replies.extend([await peer.send_mail(), await peer.exchange("NOOP")])
+
+    serve(scenario, handler=handler, **options)
+    return replies
 
 
-def test_handler_that_cancels_its_task() -> None:
-    async def cancel(envelope: Envelope) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        task.cancel()
-        await asyncio.sleep(0)
+def test_exceptions_of_callbacks(caplog: pytest.LogCaptureFixture) -> None:
+    """The client gets its reply all the same: it must not send a delivered message again."""
 
-    assert [reply[:3] for reply in replies_with(cancel)] == ["451", "250"]
+    def fail(item: object) -> None:
+        raise OSError("no callback today")
+
+    options = {"on_message": fail, "on_refusal": fail, "fail": ["NOOP * 450"]}
+    replies = replies_with(str, **options)
+    assert replies == ["250 2.0.0 Message accepted", "450 4.0.0 Scripted failure"]
+    assert caplog.text.count("OSError: no callback today") == 2
 
 
 def test_end_of_the_event_loop_cancels_the_handler(caplog: pytest.LogCaptureFixture) -> None:
     events = []
+    called = asyncio.Event()
 
-    async def scenario() -> None:
-        called = asyncio.Event()
+    async def hang(envelope: Envelope) -> None:
+        called.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            events.append("cancelled")
+
+    async def scenario(server: Server, connect: Connect) -> None:
         tasks_of_the_test = asyncio.all_tasks()
+        peer = await connect()
+        peer.writer.write("\r\n".join([*SLOW, ""]).encode())
+        await called.wait()
+        tasks = asyncio.all_tasks() - tasks_of_the_test
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
-        async def hang(envelope: Envelope) -> None:
-            called.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                events.append("cancelled")
-
-        server = Server(port=0, handler=hang)
-        await server.start()
-        with socket.create_connection((server.host, server.port)) as client:
-            client.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n\r\n.\r\n")
-            await called.wait()
-            tasks = asyncio.all_tasks() - tasks_of_the_test
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-        await server.close()
-
-    run(scenario)
+    serve(scenario, handler=hang)
     assert events == ["cancelled"]
     assert "The delivery was cancelled" in caplog.text
 
@@ -2573,433 +2409,211 @@ def no_new_threads() -> Iterator[None]:
         threading.stack_size(0)
 
 
-def test_no_thread_for_the_handler(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_new_threads(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     replies = []
 
-    async def scenario() -> None:
-        async with Server(port=0, handler=str) as server:
-            peer = await Peer.connect(server)
-            await peer.reply()
-            with no_new_threads():
-                replies.append(await peer.send_mail())
+    async def scenario(server: Server, connect: Connect) -> None:
+        peer = await connect()
+        with no_new_threads():
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                await Server(port=0, directory=tmp_path).start()
             replies.append(await peer.send_mail())
-            await peer.close()
+        replies.append(await peer.send_mail())
 
-    run(scenario)
+    serve(scenario)
     assert [reply[:3] for reply in replies] == ["451", "250"]
-    assert "Cannot call the handler: can't start new thread" in caplog.text
-    assert "Traceback" not in caplog.text
+    assert "can't start new thread" in caplog.text
 
 
-def test_no_thread_for_the_start(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        with pytest.raises(RuntimeError, match="can't start new thread"), no_new_threads():
-            await Server(port=0, directory=tmp_path).start()
+def test_slow_handlers_do_not_block_other_sessions(caplog: pytest.LogCaptureFixture) -> None:
+    """close() waits for the running handlers."""
+    caplog.set_level("INFO", "dsmtpd")
+    handler = SlowHandler()
 
-    run(scenario)
+    async def scenario(server: Server, connect: Connect) -> None:
+        slow = [await connect() for _ in range(5)]
+        fast = [await connect() for _ in range(5)]
+        sending = [asyncio.create_task(peer.send_mail("Subject: slow")) for peer in slow]
+        await asyncio.to_thread(handler.started.wait, 20)
+        for peer in fast:
+            assert (await peer.send_mail()).startswith("250")
+        assert not any(task.done() for task in sending)
+        closing = asyncio.create_task(server.close())
+        for peer in fast:
+            assert await peer.reply() == "421 4.3.2 Shutting down"
+        handler.release.set()
+        await closing
+        assert {(await task)[:3] for task in sending} == {"250"}
+        assert await slow[0].reply() == "421 4.3.2 Shutting down"
 
-
-def test_no_more_threads_for_storing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The thread that runs stores all messages."""
-    sync, syncing, may_sync = os.fsync, threading.Event(), threading.Event()
-
-    def slow_sync(descriptor: int) -> None:
-        syncing.set()
-        assert may_sync.wait(20)
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", slow_sync)
-
-    async def scenario() -> None:
-        async with Server(port=0, directory=tmp_path) as server:
-            peers = [await Peer.connect(server) for _ in range(3)]
-            for peer in peers:
-                await peer.reply()
-            sending = [asyncio.create_task(peers[0].send_mail())]
-            await asyncio.to_thread(syncing.wait, 20)
-            with no_new_threads():
-                sending += [asyncio.create_task(peer.send_mail()) for peer in peers[1:]]
-                while "fewer threads" not in caplog.text:  # noqa: ASYNC110
-                    await asyncio.sleep(0)
-                may_sync.set()
-                assert {await task for task in sending} == {"250 2.0.0 Message accepted"}
-            for peer in peers:
-                await peer.close()
-
-    run(scenario)
-    assert caplog.text.count("Storing messages with fewer threads: can't start new thread") == 1
-    assert "Traceback" not in caplog.text
-
-
-def test_system_exit_in_a_thread(caplog: pytest.LogCaptureFixture) -> None:
-    def handler(envelope: Envelope) -> None:
-        raise SystemExit("over")
-
-    assert [reply[:3] for reply in replies_with(handler)] == ["451", "250"]
-    assert "SystemExit: over" in caplog.text
-
-
-def test_system_exit_in_the_event_loop(tmp_path: Path) -> None:
-    """It ends the program: only what a thread raises may become a reply."""
-    (tmp_path / "ends.py").write_text("async def end(envelope):\n    raise SystemExit(7)\n")
-    with process("--handler", "ends:end", cwd=tmp_path, last_line="Handing the") as server:
-        with smtplib.SMTP("127.0.0.1", server.port) as client:
-            with pytest.raises(smtplib.SMTPServerDisconnected):
-                client.sendmail("a@b", ["c@d"], CLEAN)
-        status, _ = server.wait()
-    assert status == 7
-
-
-def test_on_message_exception(caplog: pytest.LogCaptureFixture) -> None:
-    """The message is delivered, so the client must not send it again."""
-    replies = []
-
-    def fail(envelope: Envelope) -> None:
-        raise OSError("standard output is closed")
-
-    async def scenario() -> None:
-        async with Server(port=0, handler=print, on_message=fail) as server:
-            peer = await Peer.connect(server)
-            await peer.reply()
-            replies.extend([await peer.send_mail(), await peer.exchange("NOOP")])
-            await peer.close()
-
-    run(scenario)
-    assert replies == ["250 2.0.0 Message accepted", "250 2.0.0 OK"]
-    assert "standard output is closed" in caplog.text
-
-
-def replies_with(handler: Callable[[Envelope], object]) -> list[str]:
-    """Return the replies to the content and to NOOP."""
-    replies = []
-
-    async def scenario() -> None:
-        async with Server(port=0, handler=handler) as server:
-            peer = await Peer.connect(server)
-            await peer.reply()
-            replies.extend([await peer.send_mail(), await peer.exchange("NOOP")])
-            await peer.close()
-
-    run(scenario)
-    return replies
-
-
-@OPENSSL
-def test_close_after_failed_tls_session() -> None:
-    def send(port: int) -> ssl.SSLSocket:
-        plain = socket.create_connection(("127.0.0.1", port))
-        client = ssl._create_unverified_context().wrap_socket(plain)
-        client.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n\r\n.\r\n")
-        return client
-
-    async def scenario() -> None:
-        failed = asyncio.Event()
-
-        def fail(envelope: Envelope) -> None:
-            failed.set()
-            raise RuntimeError
-
-        server = Server(port=0, tls="implicit", handler=print, on_message=fail)
-        await server.start()
-        with await asyncio.to_thread(send, server.port):  # it sends no close_notify
-            await failed.wait()
-            await asyncio.wait_for(server.close(), 10)
-
-    run(scenario)
-
-
-def test_slow_handler_does_not_block_other_session() -> None:
-    release = threading.Event()
-    started = threading.Event()
-
-    def handler(envelope: Envelope) -> None:
-        if envelope.subject == "slow":
-            started.set()
-            assert release.wait(20)
-
-    async def scenario() -> None:
-        async with Server(port=0, handler=handler) as server:
-            first, second = await Peer.connect(server), await Peer.connect(server)
-            await first.reply()
-            await second.reply()
-            waiting = asyncio.create_task(first.send_mail("Subject: slow"))
-            await asyncio.to_thread(started.wait, 20)
-            assert (await second.send_mail("Subject: fast")).startswith("250")
-            assert not waiting.done()
-            # close() waits for the running handler.
-            closing = asyncio.create_task(server.close())
-            assert await second.reply() == "421 4.3.2 Shutting down"
-            release.set()
-            await closing
-            assert (await waiting).startswith("250")
-            assert await first.reply() == "421 4.3.2 Shutting down"
-            await first.close()
-            await second.close()
-
-    run(scenario)
-
-
-def test_slow_handlers_do_not_block_many_sessions() -> None:
-    """Other sessions deliver messages while several handlers are blocked."""
-    release = threading.Event()
-
-    def handler(envelope: Envelope) -> None:
-        if envelope.subject == "slow":
-            assert release.wait(20)
-
-    async def scenario() -> None:
-        async with Server(port=0, handler=handler) as server:
-            peers = [await Peer.connect(server) for _ in range(20)]
-            for peer in peers:
-                await peer.reply()
-            tasks = [
-                asyncio.create_task(peer.send_mail(f"Subject: {'fast' if number % 4 else 'slow'}"))
-                for number, peer in enumerate(peers)
-            ]
-            for number, task in enumerate(tasks):
-                if number % 4:
-                    assert (await task).startswith("250")
-            assert not any(task.done() for task in tasks[::4])
-            release.set()
-            assert {(await task)[:3] for task in tasks} == {"250"}
-            for peer in peers:
-                await peer.close()
-
-    run(scenario)
+    serve(scenario, handler=handler)
+    assert any(
+        text.endswith(": Waiting for the delivery of a@b -> c@d [slow]") for text in caplog.messages
+    )
 
 
 def test_close_waits_for_handler_but_not_for_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsmtpd, "STOP_TIMEOUT", 0.05)
-    started, release = threading.Event(), threading.Event()
+    handler = SlowHandler()
 
-    def handler(envelope: Envelope) -> None:
-        started.set()
-        assert release.wait(20)
+    async def scenario(server: Server, connect: Connect) -> None:
+        peer, paused = await connect(), await connect()
+        sending = asyncio.create_task(peer.send_mail("Subject: slow"))
+        await asyncio.to_thread(handler.started.wait, 20)
+        # Unread replies fill the buffers on both sides.
+        pause(paused)
+        paused.writer.write(b"HELP\r\n" * 100_000)
+        writers = [connection._writer for connection in server._connections.values()]
+        await until(lambda: max(w.transport.get_write_buffer_size() for w in writers) > 65_536)
+        closing = asyncio.create_task(server.close())
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(closing), 0.2)
+        handler.release.set()
+        assert await sending == "250 2.0.0 Message accepted"
+        assert await peer.reply() == "421 4.3.2 Shutting down"
+        await closing
+        paused.writer.transport.abort()
 
-    async def scenario() -> None:
-        async with Server(port=0, handler=handler) as server:
-            peer, paused = await Peer.connect(server), await Peer.connect(server)
-            await peer.reply()
-            sending = asyncio.create_task(peer.send_mail())
-            await asyncio.to_thread(started.wait, 20)
-            # Unread replies fill the buffers on both sides.
-            transport = paused.writer.transport
-            assert isinstance(transport, asyncio.Transport)
-            transport.pause_reading()
-            paused.writer.write(b"HELP\r\n" * 100_000)
-            closing = asyncio.create_task(server.close())
-            with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.shield(closing), 0.3)
-            release.set()
-            assert await sending == "250 2.0.0 Message accepted"
-            assert await peer.reply() == "421 4.3.2 Shutting down"
-            await closing
-            paused.writer.transport.abort()
-            await peer.close()
-
-    run(scenario)
+    serve(scenario, handler=handler)
 
 
-@pytest.mark.parametrize("closing", [False, True])
-def test_rest_of_the_input_after_a_disconnect(
-    closing: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    """After the delivery in progress, no other message that has arrived is delivered."""
-    caplog.set_level("INFO", "dsmtpd")
-    started, release = threading.Event(), threading.Event()
-    envelopes: list[Envelope] = []
-    replies: list[str] = []
+def pause(peer: Peer) -> asyncio.Transport:
+    """Have a client stop reading, and return its transport."""
+    transport = peer.writer.transport
+    assert isinstance(transport, asyncio.Transport)
+    transport.pause_reading()
+    return transport
 
-    def handler(envelope: Envelope) -> None:
-        started.set()
-        assert release.wait(20)
-        envelopes.append(envelope)
 
-    async def scenario() -> None:
-        server = Server(port=0, handler=handler)
-        await server.start()
-        message = f"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n{CLEAN}\r\n.\r\n"
-        with socket.create_connection((server.host, server.port)) as client:
-            client.sendall(f"EHLO x\r\n{message * 3}".encode())
-            await asyncio.to_thread(started.wait, 20)
-            if closing:
-                ended = asyncio.create_task(server.close())
-                while "Waiting for the delivery" not in caplog.text:  # noqa: ASYNC110
-                    await asyncio.sleep(0)
-                release.set()
-                await ended
-                replies.extend(client.makefile().read().splitlines())
-                return
-            reset = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-        other = await Peer.connect(server)  # the server notices the reset before its commands
-        await other.reply()
-        await other.exchange("QUIT")
-        await other.close()
-        release.set()
-        await server.wait_for_clients(20)
-        await server.close()
+RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 
-    run(scenario)
-    assert len(envelopes) == 1
-    assert replies[-2:] == (
-        ["250 2.0.0 Message accepted", "421 4.3.2 Shutting down"] if closing else []
-    )
+
+def test_message_of_a_client_that_hangs_up_during_a_delay(tmp_path: Path) -> None:
+    with dsmtpd.capture(directory=tmp_path, fail=[". * delay 0.1"]) as inbox:
+        client = smtplib.SMTP(inbox.host, inbox.port)
+        client.ehlo()
+        client.mail("a@b")
+        client.rcpt("c@d")
+        client.docmd("DATA")
+        client.send("Subject: Hi\r\n.\r\n")
+        client.close()
+        path = inbox.wait(subject="Hi").path
+    assert path in list((tmp_path / "new").iterdir())
 
 
 def test_pipelined_commands_do_not_block_other_session() -> None:
     """The other client gets its reply before the first one has all of its replies."""
     refusals: list[dsmtpd.Refusal] = []
 
-    async def scenario() -> None:
-        options: dict[str, Any] = {"fail": ["NOOP * 550"], "on_refusal": refusals.append}
-        async with Server(port=0, handler=print, **options) as server:
-            peer, other = await Peer.connect(server), await Peer.connect(server)
-            await peer.reply()
-            await other.reply()
-            peer.writer.write(b"NOOP\r\n" * 10_000)
-            assert await other.exchange("HELP") != ""
-            assert len(refusals) < 10_000
-            for _ in range(10_000):
-                assert (await peer.reply()).startswith("550")
-            await peer.close()
-            await other.close()
+    async def scenario(server: Server, connect: Connect) -> None:
+        peer, other = await connect(), await connect()
+        peer.writer.write(b"NOOP\r\n" * 5000)
+        assert await other.exchange("HELP") != ""
+        assert len(refusals) < 5000
+        for _ in range(5000):
+            assert (await peer.reply()).startswith("550")
 
-    run(scenario)
+    serve(scenario, fail=["NOOP * 550"], on_refusal=refusals.append)
 
 
-def test_host_name_with_duplicate_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+def test_listen_on_a_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its addresses have the same port."""
+    addresses = socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: addresses * 2)
-
-    async def scenario() -> None:
-        async with Server(interface="localhost", port=0, handler=print) as server:
-            assert server.addresses == [("127.0.0.1", server.port)]
-
-    run(scenario)
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(sock) for sock in dsmtpd.listen(Config(port=0))]
+        assert len(listeners) == len(set(addresses))
+        assert len({listener.getsockname()[1] for listener in listeners}) == 1
 
 
 @OPENSSL
-def test_close_while_clients_connect(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_close_while_clients_connect(
+    pem: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(tls: str | None, iterations: int) -> None:
+        server = Server(tls=tls, cert=pem / "both.pem" if tls else None, port=0, handler=str)
+        await server.start()
+        peers = [socket.socket() for _ in range(5)]
+        for peer in peers:
+            peer.setblocking(False)
+            peer.connect_ex((server.host, server.port))
+        for _ in range(iterations):
+            await asyncio.sleep(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(dsmtpd, "STOP_TIMEOUT", 0.02)
+            await server.close()
+        for peer in peers:
+            peer.close()
+
     for tls in (None, "implicit"):
         for iterations in range(8):
-
-            async def scenario(tls: str | None = tls, iterations: int = iterations) -> None:
-                cert = pem / "both.pem" if tls else None
-                server = Server(tls=tls, cert=cert, port=0, handler=print)
-                await server.start()
-                peers = [socket.socket() for _ in range(5)]
-                for peer in peers:
-                    peer.setblocking(False)
-                    peer.connect_ex((server.host, server.port))
-                for _ in range(iterations):
-                    await asyncio.sleep(0)
-                await server.close()
-                for peer in peers:
-                    peer.close()
-
-            monkeypatch = pytest.MonkeyPatch()
-            with monkeypatch.context() as patch:
-                patch.setattr(dsmtpd, "STOP_TIMEOUT", 0.02)
-                run(scenario)
+            run(functools.partial(scenario, tls, iterations))
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_idle_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a client that never reads: the server stops reading, and closes the connection."""
     monkeypatch.setattr(dsmtpd, "IDLE_TIMEOUT", 0.05)
 
-    async def scenario() -> None:
-        async with Server(port=0, handler=print) as server:
-            peer = await Peer.connect(server)
-            await peer.reply()
-            assert await peer.reply() == "421 4.4.2 Idle timeout"
-            assert await peer.reply() == ""
-            await peer.close()
-            peer = await Peer.connect(server)
-            await peer.reply()
-            peer.writer.write(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nhalf a")
-            codes = [(await peer.reply())[:3] for _ in range(5)]
-            assert codes == ["250", "250", "250", "354", "421"]
-            await peer.close()
+    async def scenario(server: Server, connect: Connect) -> None:
+        peer = await connect()
+        assert await peer.exchange("NOOP") == "250 2.0.0 OK"  # the delay is longer
+        assert await peer.reply() == "421 4.4.2 Idle timeout"
+        assert await peer.reply() == ""
+        peer = await connect()
+        peer.writer.write(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nhalf a")
+        codes = [(await peer.reply())[:3] for _ in range(5)]
+        assert codes == ["250", "250", "250", "354", "421"]
+        peer = await connect()
+        pause(peer)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                peer.writer.write(b"HELP\r\n" * 10_000)
+                await peer.writer.drain()
 
-    run(scenario)
-
-
-def test_idle_timeout_of_client_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server stops reading, and closes the connection after the idle timeout."""
-    monkeypatch.setattr(dsmtpd, "IDLE_TIMEOUT", 0.3)
-
-    async def scenario() -> None:
-        async with Server(port=0, handler=print) as server:
-            _, writer = await asyncio.open_connection(server.host, server.port, limit=1)
-            with contextlib.suppress(ConnectionError):
-                while True:
-                    writer.write(b"HELP\r\n" * 10_000)
-                    await writer.drain()
-            writer.close()
-
-    run(scenario)
+    serve(scenario, fail=["NOOP * delay 0.2"])
 
 
 def test_paused_client_does_not_block_others() -> None:
     """The paused client receives all replies after it resumes reading."""
 
-    async def scenario() -> None:
-        async with Server(port=0, handler=print) as server:
-            paused, other = await Peer.connect(server), await Peer.connect(server)
-            assert isinstance(paused.writer.transport, asyncio.Transport)
-            paused.writer.transport.pause_reading()
-            await other.reply()
-            for _ in range(300):
-                paused.writer.write(b"HELP\r\n" * 300)
-                assert await asyncio.wait_for(other.exchange("NOOP"), 5) == "250 2.0.0 OK"
-            paused.writer.transport.resume_reading()
-            assert (await paused.reply()).startswith("220 ")
-            for _ in range(300 * 300):
-                assert (await paused.reply()).startswith("214 ")
-            await paused.close()
-            await other.close()
+    async def scenario(server: Server, connect: Connect) -> None:
+        paused, other = await connect(), await connect()
+        transport = pause(paused)
+        for _ in range(50):
+            paused.writer.write(b"HELP\r\n" * 300)
+            assert await asyncio.wait_for(other.exchange("NOOP"), 5) == "250 2.0.0 OK"
+        transport.resume_reading()
+        for _ in range(50 * 300):
+            assert (await paused.reply()).startswith("214 ")
 
-    run(scenario)
+    serve(scenario)
 
 
 def test_half_closed_connections(tmp_path: Path) -> None:
     """A client that shuts down its sending side receives all replies."""
-    with dsmtpd.capture(directory=tmp_path) as inbox:
-        for last_line, codes in (("", "250"), ("NOOP\r\n", "250 250"), ("QUIT\r\n", "250 221")):
+    with dsmtpd.capture(directory=tmp_path, fail=["HELP * delay 0.05"]) as inbox:
+        for last_line, codes in [("", ""), ("HELP\r\n", "214"), ("HELP\r\nQUIT\r\n", "214 221")]:
             with socket.create_connection((inbox.host, inbox.port), 20) as client:
-                lines = ["EHLO x", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", f"{CLEAN}", "."]
-                client.sendall("\r\n".join([*lines, last_line]).encode())
+                client.sendall("\r\n".join([*SLOW, last_line]).encode())
                 client.shutdown(socket.SHUT_WR)
-                replies = client.makefile("rb").read()
-            assert [line[:3] for line in replies.splitlines()][-len(codes.split()) :] == [
-                code.encode() for code in codes.split()
-            ]
+                replies = re.findall("^[0-9]{3}(?= )", client.makefile().read(), re.MULTILINE)
+            assert replies == ["220", "250", "250", "250", "354", "250", *codes.split()]
         assert len(inbox.messages) == 3
 
 
 def test_session_error(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """An unexpected exception is logged and ends only its own session."""
-    caplog.set_level(logging.ERROR)
 
-    async def scenario() -> None:
-        async with Server(port=0, handler=print) as server:
-            peer = await Peer.connect(server)
-            await peer.reply()
-            with monkeypatch.context() as patch:
-                patch.setattr(dsmtpd, "lint", lambda *arguments: 1 / 0)
-                assert await peer.send_mail() == ""
-            await peer.close()
-            await server.wait_for_clients(20)
-            assert not server._connections
-            peer = await Peer.connect(server)
-            await peer.reply()
-            assert (await peer.send_mail()).startswith("250")
-            await peer.close()
+    async def scenario(server: Server, connect: Connect) -> None:
+        peer = await connect()
+        with monkeypatch.context() as patch:
+            patch.setattr(dsmtpd, "lint", lambda *arguments: 1 / 0)
+            assert await peer.send_mail() == ""
+        peer = await connect()
+        assert (await peer.send_mail()).startswith("250")
 
-    run(scenario)
+    serve(scenario)
     (record,) = (record for record in caplog.records if record.name == "dsmtpd")
     assert record.getMessage().endswith(": Session failed")
     assert "ZeroDivisionError" in caplog.text
@@ -3008,205 +2622,63 @@ def test_session_error(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
 def test_too_many_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 2)
 
-    async def scenario() -> None:
-        async with Server(port=0, handler=print) as server:
-            peers = [await Peer.connect(server) for _ in range(3)]
-            codes = [(await peer.reply())[:9] for peer in peers]
-            assert codes[2] == "421 4.3.2"
-            assert all(code.startswith("220") for code in codes[:2])
-            assert await peers[2].reply() == ""
-            await peers[0].exchange("QUIT")
-            assert await peers[0].reply() == ""
-            new = await Peer.connect(server)
-            assert (await new.reply()).startswith("220")
-            for peer in [*peers, new]:
-                await peer.close()
+    async def scenario(server: Server, connect: Connect) -> None:
+        peers = [await connect() for _ in range(3)]
+        assert [peer.greeting[:3] for peer in peers] == ["220", "220", "421"]
+        assert await peers[2].reply() == ""
+        await peers[0].exchange("QUIT")
+        assert await peers[0].reply() == ""
+        assert (await connect()).greeting.startswith("220")
 
-    run(scenario)
+    serve(scenario)
 
 
-def test_early_talker_before_the_greeting() -> None:
-    envelopes: list[Envelope] = []
+@POSIX
+def test_maximum_connections() -> None:
+    """It is half of the limit of open files, at most 1000."""
+    import resource
 
-    async def scenario() -> None:
-        fail = ["CONNECT * delay 0.3"]
-        async with Server(port=0, handler=envelopes.append, fail=fail) as server:
-            peer = await Peer.connect(server)
-            peer.writer.write(b"EHLO x\r\n")
-            assert (await peer.reply()).startswith("220")
-            assert (await peer.reply()).startswith("250")
-            await peer.send_mail()
-            await peer.close()
-
-    run(scenario)
-    assert envelopes[0].warnings == [
-        "early-talker: data was sent before the greeting (RFC 2920 section 3.1)"
-    ]
-
-
-def test_waiting_for_a_delivery_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "dsmtpd")
-    started, release = threading.Event(), threading.Event()
-
-    def handler(envelope: Envelope) -> None:
-        started.set()
-        assert release.wait(20)
-
-    async def scenario() -> None:
-        async with Server(port=0, handler=handler) as server:
-            peer = await Peer.connect(server)
-            await peer.reply()
-            sending = asyncio.create_task(peer.send_mail("Subject: slow"))
-            await asyncio.to_thread(started.wait, 20)
-            closing = asyncio.create_task(server.close())
-            while "Waiting for the delivery" not in caplog.text:  # noqa: ASYNC110
-                await asyncio.sleep(0)
-            release.set()
-            await closing
-            await sending
-            await peer.close()
-
-    run(scenario)
-    assert any(
-        text.endswith(": Waiting for the delivery of a@b -> c@d [slow]") for text in caplog.messages
-    )
-
-
-def test_close_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection is released even if the last reply cannot be written."""
-
-    def fail(session: dsmtpd.Session, reply: Reply | None = None) -> None:
-        raise RuntimeError
-
-    async def scenario() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
-        async with Server(port=0, handler=print) as server:
-            peer = await Peer.connect(server)
-            await peer.reply()
-            with monkeypatch.context() as patch:
-                patch.setattr(dsmtpd.Session, "close", fail)
-                await peer.exchange("QUIT")
-                assert await peer.reply() == ""
-                await server.wait_for_clients(20)
-            assert not server._connections
-            await peer.close()
-
-    run(scenario)
-
-
-@OPENSSL
-def test_too_many_connections_with_implicit_tls(pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario() -> None:
-        options: dict[str, Any] = {"cert": pem / "both.pem", "port": 0, "handler": print}
-        async with Server(tls="implicit", **options) as server:
-            monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 0)
-            peer = await Peer.connect(server)
-            assert await peer.reply() == ""
-            await peer.close()
-
-    run(scenario)
-
-
-def test_client_disconnects_during_a_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another client gets its place at once."""
-    monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 1)
-
-    async def scenario() -> None:
-        async with Server(port=0, handler=print, fail=["NOOP * delay 60"]) as server:
-            peer = await Peer.connect(server)
-            await peer.reply()
-            peer.writer.write(b"NOOP\r\n")
-            await peer.close()
-            await server.wait_for_clients(20)
-            other = await Peer.connect(server)
-            assert (await other.reply()).startswith("220 ")
-            await other.close()
-
-    run(scenario)
-
-
-def test_client_that_closes_its_side_before_a_delay() -> None:
-    """It gets the replies to all commands that it has sent."""
-
-    async def scenario() -> None:
-        async with Server(port=0, handler=print, fail=["NOOP * delay 0.1"]) as server:
-            peer = await Peer.connect(server)
-            peer.writer.write(b"NOOP\r\nHELP\r\nQUIT\r\n")
-            peer.writer.write_eof()
-            replies = [await peer.reply() for _ in range(4)]
-            assert [reply[:3] for reply in replies] == ["220", "250", "214", "221"]
-            await peer.close()
-
-    run(scenario)
-
-
-@pytest.mark.parametrize(
-    "commands", ["RSET", "EHLO x", "BDAT 10\r\n12345", "BDAT 99999999999\r\n12345"]
-)
-def test_memory_of_discarded_content(commands: str) -> None:
-    """It is free at once, even if octets of the chunk have not arrived."""
-    shared = dsmtpd.SharedState(Config(max_size=10_000_000))
-    session = dsmtpd.Session(Config(max_size=20), "", shared)
-    list(session.receive(b"", 0))
-    list(session.receive(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n", 0))
-    list(session.receive(b"BDAT 15\r\n" + b"x" * 15, 0))
-    assert shared.reserved == 15
-    list(session.receive(f"{commands}\r\n".encode(), 0))
-    assert shared.reserved == 0
-
-
-def test_memory_of_a_message_is_free_after_its_reply() -> None:
-    config = Config(fail=[". * delay 5"])
-    shared = dsmtpd.SharedState(config)
-    session = dsmtpd.Session(config, "", shared)
-    list(session.receive(b"", 0))
-    list(session.receive(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n", 0))
-    reserved = []
-    for action in session.receive(b"BDAT 15 LAST\r\n" + b"x" * 15, 0):
-        reserved.append((type(action).__name__, shared.reserved))
-    assert reserved == [("Delay", 15), ("Deliver", 15), ("Reply", 0)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (soft, 400):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        try:
+            expected = min(1000, limit // 2) if limit != resource.RLIM_INFINITY else 1000
+            assert Server()._max_connections == expected
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_no_delay() -> None:
     """Replies are sent at once, also in several small writes of TLS."""
 
     async def scenario() -> None:
-        for sockets in (None, [socket.create_server(("127.0.0.1", 0))]):
-            server = Server(port=0, handler=print)
-            await server.start(sockets)
-            peer = await Peer.connect(server)
-            await peer.reply()
-            for connection in server._connections.values():
-                sock = connection._writer.get_extra_info("socket")
-                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            await peer.close()
-            await server.close()
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = Server(handler=str)
+        await server.start([listener])
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        await server.close()
 
     run(scenario)
 
 
 def test_connection_reset(caplog: pytest.LogCaptureFixture) -> None:
     """After a reset at any step of a session, the server logs no warning and keeps running."""
-    steps = [b"", b"EHLO x\r\n", b"MAIL FROM:<a@b>\r\n", b"RCPT TO:<c@d>\r\n", b"DATA\r\n", b"text"]
+    steps = ["EHLO x", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "text"]
     envelopes: list[Envelope] = []
 
-    async def scenario() -> None:
-        async with Server(port=0, handler=envelopes.append) as server:
-            for count in range(len(steps) + 1):
-                for read in (True, False):
-                    peer = await Peer.connect(server)
-                    for step in steps[:count]:
-                        peer.writer.write(step)
-                        if read and step != b"text":
-                            await peer.reply()
-                    await peer.writer.drain()
-                    peer.writer.transport.abort()
-            peer = await Peer.connect(server)
-            await peer.reply()
-            assert (await peer.send_mail()).startswith("250")
-            await peer.close()
+    async def scenario(server: Server, connect: Connect) -> None:
+        for count in range(len(steps) + 1):
+            for read in (True, False):
+                peer = await connect()
+                for step in steps[:count]:
+                    peer.writer.write(f"{step}\r\n".encode())
+                    if read and step != "text":
+                        await peer.reply()
+                await peer.writer.drain()
+                peer.writer.transport.abort()
+        assert (await (await connect()).send_mail()).startswith("250")
 
-    run(scenario)
+    serve(scenario, handler=envelopes.append)
     assert len(envelopes) == 1
     assert not [record for record in caplog.records if record.levelname != "INFO"]
 
@@ -3235,36 +2707,65 @@ def client_context(pem: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(pem / "cert.pem"))
 
 
+def connect_tls(port: int, context: ssl.SSLContext) -> ssl.SSLSocket:
+    plain = socket.create_connection(("127.0.0.1", port), 20)
+    return context.wrap_socket(plain, server_hostname="localhost")
+
+
 @OPENSSL
 @pytest.mark.parametrize("command", [b"", b"QUIT\r\n"])
-def test_silent_tls_client(command: bytes, pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another client gets its place, although it neither ends TLS nor closes its socket."""
-    monkeypatch.setattr(dsmtpd, "IDLE_TIMEOUT", 0.2)
-    monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 1)
+def test_silent_tls_clients(command: bytes, pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another client gets their place, although they neither end TLS nor close their sockets."""
+    monkeypatch.setattr(dsmtpd, "IDLE_TIMEOUT", 0.1)
+    monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 2)
 
-    def connect(port: int) -> ssl.SSLSocket:
-        plain = socket.create_connection(("127.0.0.1", port))
-        return client_context(pem).wrap_socket(plain, server_hostname="localhost")
+    async def scenario(server: Server, connect: Connect) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                client = await asyncio.to_thread(connect_tls, server.port, client_context(pem))
+                stack.enter_context(client).sendall(command)
+            await until(lambda: not server._connections)
+            client = await asyncio.to_thread(connect_tls, server.port, client_context(pem))
+            greeting = await asyncio.to_thread(stack.enter_context(client).recv, 100)
+            assert greeting.startswith(b"220 ")
 
-    async def scenario() -> None:
-        options: dict[str, Any] = {"cert": pem / "cert.pem", "key": pem / "key.pem"}
-        async with Server(port=0, tls="implicit", handler=print, **options) as server:
-            with await asyncio.to_thread(connect, server.port) as client:
-                client.sendall(command)
-                await server.wait_for_clients(20)
-                with await asyncio.to_thread(connect, server.port) as other:
-                    assert (await asyncio.to_thread(other.recv, 100)).startswith(b"220 ")
-
-    run(scenario)
+    serve(scenario, tls="implicit", cert=pem / "cert.pem", key=pem / "key.pem")
 
 
 @OPENSSL
-def test_smtplib_with_starttls_and_login(pem: Path, tmp_path: Path) -> None:
-    options: list[str | Path] = ["--tls", "starttls", "--cert", pem / "cert.pem"]
-    options += ["--key", pem / "key.pem", "--auth", "user:sesame:open"]
-    options += ["-v", "-d", tmp_path / "mail"]
-    with process(*options, cwd=tmp_path) as server:
-        with smtplib.SMTP("localhost", server.port) as client:
+def test_too_many_connections_with_implicit_tls(pem: Path) -> None:
+    async def scenario(server: Server, connect: Connect) -> None:
+        server._max_connections = 0
+        assert (await connect()).greeting == ""  # it is closed without a reply
+
+    serve(scenario, tls="implicit", cert=pem / "both.pem")
+
+
+@OPENSSL
+def test_close_after_failed_tls_session(pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dsmtpd, "STOP_TIMEOUT", 0.1)
+
+    async def scenario(server: Server, connect: Connect) -> None:
+        with await asyncio.to_thread(connect_tls, server.port, client_context(pem)) as client:
+            client.sendall("\r\n".join([*SLOW, ""]).encode())  # it sends no close_notify
+            await until(lambda: server._connections and failures)
+            await asyncio.wait_for(server.close(), 10)
+
+    failures: list[Envelope] = []
+
+    def fail(envelope: Envelope) -> None:
+        failures.append(envelope)
+        raise RuntimeError
+
+    serve(scenario, tls="implicit", cert=pem / "both.pem", on_message=fail)
+
+
+@OPENSSL
+def test_smtplib_with_starttls_and_login(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "dsmtpd")
+    options: dict[str, Any] = {"cert": pem / "cert.pem", "key": pem / "key.pem"}
+    with dsmtpd.capture(tls="starttls", auth={"user": "sesame:open"}, **options) as inbox:
+        with smtplib.SMTP("localhost", inbox.port) as client:
             with pytest.raises(smtplib.SMTPSenderRefused, match="Authentication required"):
                 client.sendmail("a@b", ["c@d"], "Subject: Hi")
             client.starttls(context=client_context(pem))
@@ -3272,33 +2773,55 @@ def test_smtplib_with_starttls_and_login(pem: Path, tmp_path: Path) -> None:
                 client.login("user", "wrong")
             client.login("user", "sesame:open")
             client.sendmail("a@b", ["c@d"], "Subject: Hi")
-        status, text = server.stop()
-    assert status == 0
-    assert "sesame" not in text
-    assert "DEBUG" in text
-    (message,) = mailbox.Maildir(tmp_path / "mail")
-    assert " with ESMTPSA id " in message["Received"]
+        assert inbox.wait().protocol == "ESMTPSA"
+    assert "AUTH PLAIN ***" in caplog.text
+    assert "sesame" not in caplog.text
 
 
 @OPENSSL
-def test_smtplib_with_implicit_tls(pem: Path, tmp_path: Path) -> None:
-    options: list[str | Path] = ["--tls", "implicit", "--cert", pem / "both.pem"]
-    options += ["-d", tmp_path / "mail"]
-    with process(*options, cwd=tmp_path) as server:
-        with smtplib.SMTP_SSL("localhost", server.port, context=client_context(pem)) as client:
+def test_smtplib_with_implicit_tls(pem: Path) -> None:
+    with dsmtpd.capture(tls="implicit", cert=pem / "both.pem", auth={"u": "p"}) as inbox:
+        assert inbox.url == f"smtps://127.0.0.1:{inbox.port}"
+        assert inbox.cafile is None
+        with smtplib.SMTP_SSL("localhost", inbox.port, context=client_context(pem)) as client:
+            client.login("u", "p")
             client.sendmail("a@b", ["c@d"], b"x" * 3_000_000)
-        assert server.stop()[0] == 0
-    (path,) = (tmp_path / "mail" / "new").iterdir()
-    assert path.read_bytes().endswith(b"x" * 3_000_000 + b"\n")
+        assert inbox.wait().content == b"x" * 3_000_000 + b"\r\n"
+        assert inbox.wait().user == "u"
 
 
 @OPENSSL
-def test_generated_certificate(tmp_path: Path) -> None:
-    with process("--tls", "starttls", "-d", tmp_path / "mail", cwd=tmp_path) as server:
-        with smtplib.SMTP("localhost", server.port) as client:
-            client.starttls(context=ssl._create_unverified_context())
-            client.sendmail("a@b", ["c@d"], "Subject: Hi")
-        assert server.stop()[0] == 0
+def test_uvloop(pem: Path) -> None:
+    """uvloop reads from a client before a server can start TLS."""
+    uvloop = pytest.importorskip("uvloop")
+    envelopes: list[Envelope] = []
+
+    def send_mail(port: int) -> None:
+        with smtplib.SMTP_SSL("localhost", port, context=client_context(pem)) as client:
+            client.sendmail("a@b", ["c@d"], CLEAN)
+
+    async def scenario() -> None:
+        options: dict[str, Any] = {"cert": pem / "both.pem", "handler": envelopes.append}
+        async with Server(port=0, tls="implicit", **options) as server:
+            for _ in range(5):
+                await asyncio.wait_for(asyncio.to_thread(send_mail, server.port), 10)
+
+    loop = uvloop.new_event_loop()
+    loop.run_until_complete(scenario())
+    loop.close()
+    assert [envelope.tls for envelope in envelopes] == [True] * 5
+
+
+@OPENSSL
+def test_generated_certificate() -> None:
+    with dsmtpd.capture(tls="starttls") as inbox:
+        assert inbox.cafile is not None
+        context = ssl.create_default_context(cafile=inbox.cafile)
+        with smtplib.SMTP("localhost", inbox.port) as client:
+            client.starttls(context=context)
+            client.sendmail("a@b", ["c@d"], CLEAN)
+        assert inbox.wait().tls
+    assert not Path(inbox.cafile).exists()
 
 
 @OPENSSL
@@ -3322,184 +2845,119 @@ def test_invalid_certificate(cert: str, key: str | None, text: str, pem: Path) -
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_certificate_errors_on_command_line(tmp_path: Path) -> None:
-    options: list[str | Path] = ["-p", "0", "-d", tmp_path / "mail"]
-    completed = command("--tls", "implicit", "--cert", tmp_path / "missing.pem", *options)
-    assert completed.returncode == 2
-    assert not (tmp_path / "mail").exists()
-    assert len(completed.stderr.splitlines()) == 1
-    environment = {**os.environ, "PATH": str(tmp_path)}
-    completed = command("--tls", "starttls", *options, env=environment)
-    assert completed.returncode == 2
-    assert len(completed.stderr.splitlines()) == 1
-    assert "'openssl req -x509 " in completed.stderr
+def test_certificate_without_openssl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="on a machine with OpenSSL, by 'openssl req -x509 "):
+        dsmtpd.make_certificate(str(tmp_path))
 
 
 @OPENSSL
 def test_tls_client_errors(pem: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each error logs one line at most, without a traceback, and the server keeps running."""
-    envelopes: list[Envelope] = []
+    tls = {"ssl": client_context(pem), "server_hostname": "localhost"}
 
-    async def connect(server: Server, **options: Any) -> Peer:
-        return Peer(*await asyncio.open_connection(server.host, server.port, **options))
+    async def implicit(server: Server, connect: Connect) -> None:
+        # Plain text, a broken handshake, and two that end early
+        for text in (b"EHLO x\r\n", b"\x16\x03\x01\x02\x00" + bytes(512), b"", b"\x16\x03\x01"):
+            with socket.create_connection((server.host, server.port)) as client:
+                client.sendall(text)
+                if len(text) > 3:
+                    await asyncio.to_thread(client.recv, 100)
+        for command in ("NOOP", "MAIL FROM:<a@b>"):  # disconnect without close_notify
+            peer = await connect(**tls)
+            await peer.exchange(command)
+            peer.writer.transport.abort()
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await asyncio.to_thread(connect_tls, server.port, ssl.create_default_context())
+        assert (await (await connect(**tls)).send_mail()).startswith("250")
 
-    async def scenario() -> None:
-        options: dict[str, Any] = {"cert": pem / "both.pem", "port": 0}
-        context = client_context(pem)
-        async with Server(tls="implicit", handler=envelopes.append, **options) as server:
-            peer = await connect(server)
-            await peer.exchange("EHLO plain text on the TLS port")
-            await peer.close()
-            peer = await connect(server)
-            peer.writer.write(b"\x16\x03\x01\x02\x00" + bytes(512))
-            await peer.reply()
-            await peer.close()
-            for text in (b"", b"\x16\x03\x01"):  # disconnect during the handshake
-                peer = await connect(server)
-                peer.writer.write(text)
-                await peer.writer.drain()
-                peer.writer.transport.abort()
-            for command in ("NOOP", "MAIL FROM:<a@b>"):  # disconnect without close_notify
-                peer = await connect(server, ssl=context, server_hostname="localhost")
+    async def starttls(server: Server, connect: Connect) -> None:
+        for text in (b"no handshake at all\r\n", b""):
+            peer = await connect()
+            await peer.exchange("STARTTLS")
+            peer.writer.write(text)
+            if text:
                 await peer.reply()
-                await peer.exchange(command)
-                peer.writer.transport.abort()
-            peer = await connect(server, ssl=context, server_hostname="localhost")
-            await peer.reply()
-            assert (await peer.send_mail()).startswith("250")
-            await peer.close()
-        async with Server(tls="starttls", handler=envelopes.append, **options) as server:
-            peer = await connect(server)
-            await peer.reply()
-            await peer.exchange("STARTTLS")
-            peer.writer.write(b"no handshake at all\r\n")
-            await peer.reply()
-            await peer.close()
-            peer = await connect(server)
-            await peer.reply()
-            await peer.exchange("STARTTLS")
             await peer.close()
 
-    run(scenario)
-    assert len(envelopes) == 1
-    assert envelopes[0].protocol == "ESMTPS"
+    serve(implicit, tls="implicit", cert=pem / "both.pem")
+    serve(starttls, tls="starttls", cert=pem / "both.pem")
     records = [record for record in caplog.records if record.levelname != "INFO"]
     assert {record.name for record in records} == {"dsmtpd"}
-    messages = [record.getMessage() for record in records]
-    reasons = [text.partition(": TLS handshake failed: ")[2] for text in messages]
-    reasons = [reason for reason in reasons if reason]
-    assert [text for text in messages if text.endswith("failed: ")] == []
-    assert any("the client sent plain text instead of TLS" in reason for reason in reasons)
-    assert any("it may not trust the certificate" in reason for reason in reasons)
     assert not [record for record in records if record.exc_info]
-    assert 3 <= len(reasons) <= 6
+    reasons = [record.getMessage().partition(": TLS handshake failed: ")[2] for record in records]
+    reasons = [reason for reason in reasons if reason]
+    assert any("the client sent plain text instead of TLS" in reason for reason in reasons)
+    assert any("; it may not trust the certificate" in reason for reason in reasons)
+    assert any("; the client may not trust the certificate" in reason for reason in reasons)
+    assert 4 <= len(reasons) <= 7
 
 
 @OPENSSL
 @pytest.mark.parametrize("closing", [False, True])
-def test_tls_client_disconnects_during_delivery(
-    closing: bool, pem: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("tls", [None, "implicit"])
+def test_rest_of_the_input_after_a_disconnect(
+    tls: str | None, closing: bool, pem: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No error is logged, and the rest of the input is not processed."""
-    started, release = threading.Event(), threading.Event()
-    envelopes: list[Envelope] = []
+    """After the delivery in progress, no other message that has arrived is delivered."""
+    caplog.set_level("INFO", "dsmtpd")
+    handler = SlowHandler()
 
-    def handler(envelope: Envelope) -> None:
-        started.set()
-        assert release.wait(20)
-        envelopes.append(envelope)
+    async def scenario(server: Server, connect: Connect) -> None:
+        async def new_client() -> socket.socket:
+            if tls:
+                return await asyncio.to_thread(connect_tls, server.port, client_context(pem))
+            return socket.create_connection((server.host, server.port))
 
-    async def scenario() -> None:
-        server = Server(tls="implicit", cert=pem / "both.pem", port=0, handler=handler)
-        await server.start()
-        _, writer = await asyncio.open_connection(
-            server.host, server.port, ssl=client_context(pem), server_hostname="localhost"
-        )
-        message = f"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n{CLEAN}\r\n.\r\n"
-        writer.write(f"EHLO x\r\n{message}{message}".encode())
-        await asyncio.to_thread(started.wait, 20)
-        writer.transport.abort()
-        other = Peer(*await asyncio.open_connection(server.host, server.port))
-        other.writer.write(b"plain text, received after the abort")
-        await other.reply()
-        await other.close()
-        ended = asyncio.create_task(server.close() if closing else server.wait_for_clients(20))
-        await asyncio.sleep(0)
-        release.set()
-        await ended
-        await server.close()
+        with await new_client() as client:
+            client.sendall("\r\n".join([*SLOW, *SLOW, *SLOW, ""]).encode())
+            await asyncio.to_thread(handler.started.wait, 20)
+            if closing:
+                ended = asyncio.create_task(server.close())
+                await until(lambda: "Waiting for the delivery" in caplog.text)
+                handler.release.set()
+                await ended
+                replies = client.makefile().read().splitlines()
+                assert replies[-2:] == ["250 2.0.0 Message accepted", "421 4.3.2 Shutting down"]
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        if not closing:  # the server notices the reset before the commands of another client
+            with await new_client() as other:
+                await asyncio.to_thread(other.recv, 100)
+        handler.release.set()
+        await until(lambda: not server._connections)
 
-    run(scenario)
-    assert len(envelopes) == 1
+    serve(scenario, tls=tls, cert=pem / "both.pem" if tls else None, handler=handler)
+    assert len(handler.envelopes) == 1
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert {record.name for record in caplog.records} == {"dsmtpd"}
 
 
 @OPENSSL
 def test_client_disconnects_before_tls(pem: Path) -> None:
-    async def scenario() -> None:
-        options: dict[str, Any] = {"cert": pem / "both.pem", "port": 0, "handler": print}
-        async with Server(tls="starttls", fail=["STARTTLS * delay 0.2"], **options) as server:
-            peer = await Peer.connect(server)
-            await peer.reply()
-            peer.writer.write(b"NOOP\r\nSTARTTLS\r\n")
-            await peer.reply()
-            peer.writer.transport.abort()
-            await server.wait_for_clients(20)
-            assert not server._connections
+    async def scenario(server: Server, connect: Connect) -> None:
+        peer = await connect()
+        peer.writer.write(b"NOOP\r\nSTARTTLS\r\n")
+        await peer.reply()
+        peer.writer.transport.abort()
+        await until(lambda: not server._connections)
 
-    run(scenario)
+    serve(scenario, tls="starttls", cert=pem / "both.pem", fail=["STARTTLS * delay 0.1"])
 
 
 @OPENSSL
 def test_plain_text_after_starttls_is_discarded(pem: Path) -> None:
-    async def scenario() -> None:
-        async with Server(tls="starttls", cert=pem / "both.pem", port=0, handler=print) as server:
-            peer = await Peer.connect(server)
-            await peer.reply()
-            reply = await peer.exchange("STARTTLS\r\nEHLO evil\r\nNOOP")
-            assert reply == "220 2.0.0 Ready to start TLS"
-            loop = asyncio.get_running_loop()
-            reader = asyncio.StreamReader()
-            protocol = asyncio.StreamReaderProtocol(reader)
-            transport = await loop.start_tls(
-                peer.writer.transport, protocol, client_context(pem), server_hostname="localhost"
-            )
-            assert transport is not None
-            protocol.connection_made(transport)
-            secure = Peer(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
-            # The server has discarded EHLO and NOOP: the first reply answers MAIL.
-            assert (await secure.exchange("MAIL FROM:<a@b>")).startswith("503")
-            assert await secure.exchange("QUIT") == "221 2.0.0 Bye"
-            await secure.close()
-
-    run(scenario)
-
-
-@POSIX
-def test_maximum_connections(tmp_path: Path) -> None:
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 1500:
-        pytest.skip("needs 1500 open files")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1500), hard))
-    try:
-        with (
-            process("-d", tmp_path / "mail", cwd=tmp_path) as server,
-            contextlib.ExitStack() as stack,
-        ):
-            for _ in range(999):
-                client = socket.create_connection(("127.0.0.1", server.port))
-                stack.enter_context(client)
-            with smtplib.SMTP("127.0.0.1", server.port) as last:
-                last.sendmail("a@b", ["c@d"], "Subject: Hi")
-                with pytest.raises(smtplib.SMTPConnectError, match="Too many connections"):
-                    smtplib.SMTP("127.0.0.1", server.port)
-            assert server.stop()[0] == 0
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(list((tmp_path / "mail" / "new").iterdir())) == 1
+    with dsmtpd.capture(tls="starttls", cert=pem / "both.pem") as inbox:
+        with socket.create_connection((inbox.host, inbox.port), 20) as plain:
+            assert plain.recv(1000).startswith(b"220 ")
+            plain.sendall(b"STARTTLS\r\nEHLO evil\r\nNOOP\r\n")
+            assert plain.recv(1000) == b"220 2.0.0 Ready to start TLS\r\n"
+            context = client_context(pem)
+            with context.wrap_socket(plain, server_hostname="localhost") as client:
+                # The server has discarded EHLO and NOOP: the first reply answers MAIL.
+                client.sendall(b"MAIL FROM:<a@b>\r\n")
+                assert client.recv(1000).startswith(b"503")
+                client.sendall(b"QUIT\r\n")
+                assert client.recv(1000) == b"221 2.0.0 Bye\r\n"
 
 
 # --- Process ------------------------------------------------------------------------------
@@ -4027,8 +3485,9 @@ def send(inbox: dsmtpd.Inbox, to: str = "c@d", subject: str = "Hi", sender: str 
 
 
 def test_capture() -> None:
-    with dsmtpd.capture() as inbox:
+    with dsmtpd.capture(ignore=list(dsmtpd.WARNINGS)) as inbox:
         assert inbox.url == f"smtp://127.0.0.1:{inbox.port}"
+        assert inbox.cafile is None
         send(inbox, "one@x", "First")
         send(inbox, "two@x", "=?utf-8?q?Zw=C3=B6lf?=", sender="z@x")
         assert [message.subject for message in inbox.messages] == ["First", "Zwölf"]
@@ -4038,33 +3497,37 @@ def test_capture() -> None:
         assert inbox.wait(subject="First").email["Subject"] == "First"
         assert inbox.wait_for(2) == inbox.messages
         assert len(inbox.wait_for(1)) == 1
-        with pytest.raises(TimeoutError) as caught:
+        text = "0 of 1 messages with to 'three@x' within 0.01 seconds; " + inbox.report()
+        with pytest.raises(TimeoutError, match=re.escape(text)):
             inbox.wait(to="three@x", timeout=0.01)
-        assert str(caught.value) == (
-            "0 of 1 messages with to 'three@x' within 0.01 seconds; what arrived:\n"
-            "  a@b -> one@x [First]\n"
-            "  z@x -> two@x [Zwölf]"
-        )
         inbox.clear()
-        with pytest.raises(TimeoutError, match="what arrived: nothing"):
-            inbox.wait_for(1, timeout=0)
+        assert inbox.report() == "nothing arrived from the clients that connected: 2"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((inbox.host, inbox.port))
 
 
-def test_capture_waits_for_messages() -> None:
+def test_report() -> None:
+    with dsmtpd.capture(ignore=["missing-date", "missing-from"], fail=["NOOP * 450"]) as inbox:
+        assert inbox.report() == "nothing arrived, and no client connected"
+        with smtplib.SMTP(inbox.host, inbox.port) as client:
+            client.sendmail("a@b", ["c@d"], "Subject: Hi")
+            client.noop()
+        assert inbox.report() == (
+            "the server:\n"
+            "received a@b -> c@d [Hi]\n"
+            "  missing-message-id: no Message-ID field (RFC 5322 section 3.6.4)\n"
+            "refused NOOP: 450 4.0.0 Scripted failure"
+        )
+
+
+def test_wait_in_an_event_loop() -> None:
+    async def scenario() -> None:
+        sending = asyncio.create_task(asyncio.to_thread(send, inbox))
+        assert (await inbox.wait_async(to="c@d")).subject == "Hi"
+        await sending
+
     with dsmtpd.capture() as inbox:
-        sender = threading.Timer(0.05, send, [inbox])
-        sender.start()
-        assert inbox.wait(to="c@d").path is None
-
-        async def scenario() -> None:
-            waiting = asyncio.create_task(asyncio.to_thread(inbox.wait_for, 3))
-            await asyncio.gather(*(asyncio.to_thread(send, inbox) for _ in range(2)))
-            assert len(await waiting) == 3
-
         run(scenario)
-        sender.join()
 
 
 def test_capture_exceptions() -> None:
@@ -4076,11 +3539,6 @@ def test_capture_exceptions() -> None:
     with dsmtpd.capture() as inbox, pytest.raises(OSError, match="in use"):
         with dsmtpd.capture(port=inbox.port):
             pass
-    with pytest.raises(ValueError, match="port"), dsmtpd.capture(port=-1):
-        pass
-    unknown: dict[str, Any] = {"unknown": 1}
-    with pytest.raises(TypeError, match="unknown option"), dsmtpd.capture(**unknown):
-        pass
     assert threading.active_count() == before
 
 
@@ -4094,35 +3552,42 @@ def test_capture_waits_for_quit() -> None:
         sender.join()
 
 
-def test_concurrent_captures(tmp_path: Path) -> None:
+def test_capture_with_an_idle_client() -> None:
+    """A connection that was idle before the end of the block does not delay it."""
+
+    async def scenario(server: Server, connect: Connect) -> None:
+        await connect()
+        for connection in server._connections.values():
+            connection.last_activity -= 60
+        await asyncio.wait_for(server.close(59), 5)
+
+    serve(scenario)
+
+
+def test_capture_with_a_stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that stop the clock also end, and their clients have time to send QUIT."""
+    monkeypatch.setattr(time, "monotonic", lambda: 1.0)
+    with dsmtpd.capture() as inbox:
+        idle = socket.create_connection((inbox.host, inbox.port))
+        assert idle.recv(100).startswith(b"220 ")
+        send(inbox)
+        assert inbox.wait().subject == "Hi"
+        start = time.perf_counter()
+    assert time.perf_counter() - start < 2
+    assert idle.recv(100) == b"421 4.3.2 Shutting down\r\n"
+    idle.close()
+
+
+def test_concurrent_captures() -> None:
     with contextlib.ExitStack() as stack:
-        inboxes = [stack.enter_context(dsmtpd.capture()) for _ in range(20)]
-        threads = [
-            threading.Thread(target=send, args=(inbox, f"{number}@x"))
-            for number, inbox in enumerate(inboxes)
-            for _ in range(3)
-        ]
-        for thread in threads:
-            thread.start()
+        inboxes = [stack.enter_context(dsmtpd.capture()) for _ in range(10)]
+        executor = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
+        for number, inbox in enumerate(inboxes):
+            for _ in range(3):
+                executor.submit(send, inbox, f"{number}@x")
         for number, inbox in enumerate(inboxes):
             messages = inbox.wait_for(3)
             assert {message.rcpt_tos[0] for message in messages} == {f"{number}@x"}
-        for thread in threads:
-            thread.join()
-
-
-def test_capture_options(tmp_path: Path) -> None:
-    envelopes: list[Envelope] = []
-    with dsmtpd.capture(directory=tmp_path / "mail", handler=None, max_size=500) as inbox:
-        send(inbox)
-        path = inbox.wait().path
-        assert path is not None
-        assert path.parent == tmp_path / "mail" / "new"
-        with pytest.raises(smtplib.SMTPSenderRefused, match="exceeds"):
-            send(inbox, subject="x" * 500)
-    with dsmtpd.capture(handler=envelopes.append) as inbox:
-        send(inbox)
-        assert inbox.messages == envelopes
 
 
 def test_handler_and_directory(tmp_path: Path) -> None:
@@ -4133,40 +3598,38 @@ def test_handler_and_directory(tmp_path: Path) -> None:
         assert envelope.path is not None
         stored.append(envelope.path.read_bytes())
 
-    with dsmtpd.capture(handler=handler, directory=tmp_path / "mail") as inbox:
+    with dsmtpd.capture(handler=handler, directory=tmp_path / "mail", max_size=500) as inbox:
         send(inbox)
         path = inbox.wait().path
+        with pytest.raises(smtplib.SMTPSenderRefused, match="exceeds"):
+            send(inbox, subject="x" * 500)
     assert path is not None
+    assert path.parent == tmp_path / "mail" / "new"
     assert stored == [path.read_bytes()]
 
 
-def test_refused() -> None:
-    with dsmtpd.capture(fail=["RCPT * x2 451 4.7.1 Greylisted"]) as inbox:
-        for _ in range(3):
-            with contextlib.suppress(smtplib.SMTPRecipientsRefused):
-                send(inbox)
+def test_rules_and_refusals() -> None:
+    with dsmtpd.capture(fail=["RCPT * 451 4.7.1 Greylisted"]) as inbox:
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            send(inbox)
+        inbox.fail(". * 554 5.6.0 No", "DATA * ok")
+        with pytest.raises(smtplib.SMTPDataError, match="No"):
+            send(inbox)
+        with pytest.raises(ValueError, match="it must begin with one of"):
+            inbox.fail("nonsense")
+        inbox.fail()
+        send(inbox)
         assert len(inbox.messages) == 1
-        assert [(item.verb, item.argument.upper(), str(item.reply)) for item in inbox.refused] == [
-            ("RCPT", "TO:<C@D>", "451 4.7.1 Greylisted")
-        ] * 2
-        assert inbox.refused[0].peer.startswith("127.0.0.1:")
-        assert inbox.refused[0].time <= inbox.refused[1].time
+        first, second = inbox.refused
+        assert (first.verb, first.argument.upper()) == ("RCPT", "TO:<C@D>")
+        assert (second.verb, second.argument) == (".", "a@b -> c@d [Hi]")
+        assert [str(item.reply) for item in (first, second)] == [
+            "451 4.7.1 Greylisted",
+            "554 5.6.0 No",
+        ]
+        assert first.time <= second.time
         inbox.clear()
         assert inbox.refused == []
-
-
-@OPENSSL
-def test_cafile() -> None:
-    with dsmtpd.capture(tls="starttls") as inbox:
-        assert inbox.cafile is not None
-        context = ssl.create_default_context(cafile=inbox.cafile)
-        with smtplib.SMTP("localhost", inbox.port) as client:
-            client.starttls(context=context)
-            client.sendmail("a@b", ["c@d"], CLEAN)
-        assert inbox.wait().tls
-    assert not Path(inbox.cafile).exists()
-    with dsmtpd.capture() as inbox:
-        assert inbox.cafile is None
 
 
 @OPENSSL
@@ -4179,31 +3642,6 @@ def test_cafile_of_the_command(tmp_path: Path) -> None:
     )
     completed = command("-p", "0", "--tls", "implicit", "--", sys.executable, "-c", code)
     assert completed.returncode == 0, completed.stderr
-
-
-def test_capture_with_an_idle_client() -> None:
-    """A connection that was idle before the end of the block does not delay it."""
-
-    async def scenario() -> None:
-        async with Server(port=0, handler=print) as server:
-            idle = await Peer.connect(server)
-            await idle.reply()
-            for connection in server._connections.values():
-                connection.last_activity -= 60
-            await asyncio.wait_for(server.wait_for_quit(59), 5)
-            await idle.close()
-
-    run(scenario)
-
-
-@OPENSSL
-def test_capture_with_tls(pem: Path) -> None:
-    with dsmtpd.capture(tls="implicit", cert=pem / "both.pem", auth={"u": "p"}) as inbox:
-        assert inbox.url.startswith("smtps://")
-        with smtplib.SMTP_SSL("localhost", inbox.port, context=client_context(pem)) as client:
-            client.login("u", "p")
-            client.sendmail("a@b", ["c@d"], "Subject: Hi")
-        assert inbox.wait().user == "u"
 
 
 MALFORMED = [
@@ -4235,11 +3673,50 @@ def test_malformed_messages(content: bytes) -> None:
     assert isinstance(message.subject, str)
     assert isinstance(message.text + message.html + "".join(message.links), str)
     assert all(isinstance(item.content, bytes) for item in message.attachments)
-    for part in message.email.walk():
-        for name, value in part.items():
-            assert isinstance(name + str(value), str)
-        part.get_content_type()
-        part.get_filename()
+    dsmtpd._as_text(message).encode()
+
+
+# The start of a message, and what follows it again and again.
+LARGE = [
+    (b"", b"Content-Type: multipart/mixed; boundary=a\r\n\r\n--a\r\n"),
+    (b"Content-Type: multipart/digest; boundary=B\r\n", b"\r\n--B\r\n\r\n"),
+    (b'Content-Type: multipart/mixed; boundary="a:b"\r\n\r\n', b"--a:b\n"),
+    (b"Content-Type: multipart/mixed; boundary=B\r\n\r\n", b"--B\r\nContent-Type: (((((\r\n\r\n"),
+    (b"Content-Type: text/plain", b'; a="\\'),
+    (b"Content-Type: text/plain; charset=", b"(a)' "),
+    (b"Content-Disposition: attachment; filename*0=a", b"; filename*1=b"),
+    (b"To: ", b"(a)("),
+    (b"Subject: ", b"=?utf-8?q?a?= =?"),
+    (b"Subject: a", b"\r\r\n "),
+    (b"a", b" "),
+    (b"Content-Transfer-Encoding: base64\r\n\r\n", b"Y="),
+    (b"Content-Type: text/plain; charset=iso-2022-jp\r\n\r\n", b"\x1b$B\xff!"),
+    (b"Content-Type: text/plain; charset=gbk\r\n\r\n", b"\xff"),
+    (b"\r\n", b"https://a(\xe3\x80\x82"),
+    *(
+        (b"Content-Type: text/html\r\n\r\n", markup)
+        for markup in (
+            b"<a ",
+            b"<a b='",
+            b'<a b="c',
+            b"<a href=b>",
+            b"<!--",
+            b"<td>",
+            b"&a",
+            b"&#1",
+        )
+    ),
+    (b"Content-Type: text/html\r\n\r\n<a href='", b"&a&#1"),
+]
+
+
+@pytest.mark.parametrize(("start", "unit"), LARGE)
+def test_time_for_large_messages(start: bytes, unit: bytes) -> None:
+    """It is linear: a quadratic search takes ten times the limit, and more."""
+    message = envelope(content=start + unit * (100_000 // len(unit)))
+    began = time.process_time()
+    assert dsmtpd._as_text(message)
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -4257,8 +3734,7 @@ def test_random_headers(seed: int) -> None:
     message.subject.encode()
     assert isinstance(message.text + message.html + "".join(message.links), str)
     assert all(isinstance(item.content, bytes) for item in message.attachments)
-    for name in names:
-        str(message.email[name])
+    dsmtpd._as_text(message).encode()
 
 
 PYTEST_FILE = """
@@ -4301,6 +3777,9 @@ def test_unknown(smtpd): pass
 
 @pytest.mark.smtpd("starttls")
 def test_positional(smtpd): pass
+
+def test_that_fails(smtpd):
+    assert smtpd.messages
 """
 
 
@@ -4319,19 +3798,62 @@ def run_pytest(folder: Path, *arguments: str) -> str:
 
 def test_pytest_plugin_of_copied_file(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["dsmtpd"]')
-    (tmp_path / "test_it.py").write_text(PYTEST_FILE)
-    assert "2 passed" in run_pytest(tmp_path)
+    (tmp_path / "test_fixture.py").write_text(PYTEST_FILE)
+    (tmp_path / "test_marker.py").write_text(MARKER_FILE)
+    output = run_pytest(tmp_path)
+    assert "1 failed, 5 passed, 2 errors" in output, output
+    assert "Captured smtpd call" in output
+    assert "nothing arrived, and no client connected" in output
+    assert "TypeError: unknown option 'fial'; the options are interface, port" in output
+    assert "TypeError: the options of the marker smtpd are keyword arguments" in output
     check = "import sys, dsmtpd; sys.exit('pytest' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
 
 
-def test_pytest_marker(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text('pytest_plugins = ["dsmtpd"]')
-    (tmp_path / "test_it.py").write_text(MARKER_FILE)
-    output = run_pytest(tmp_path)
-    assert "3 passed, 2 errors" in output, output
-    assert "TypeError: unknown option 'fial'; the options are interface, port" in output
-    assert "TypeError: the options of the marker smtpd are keyword arguments" in output
+FAILING_FILE = """
+import asyncio, smtplib, pytest
+
+def send(smtpd, *recipients):
+    with smtplib.SMTP(smtpd.host, smtpd.port) as client:
+        for recipient in recipients:
+            client.sendmail("a@b", recipient, "Subject: Hi")
+
+@pytest.mark.smtpd(fail=["RCPT bad@* 550 5.1.1 Unknown"], ignore=["missing-from", "missing-date"])
+def test_other_recipient(smtpd):
+    with pytest.raises(smtplib.SMTPRecipientsRefused):
+        send(smtpd, "c@d", "bad@d")
+    smtpd.wait(to="you@d", timeout=0.01)
+
+def test_nothing_arrived(smtpd):
+    assert smtpd.messages
+
+def test_client_without_a_message(smtpd):
+    send(smtpd)
+    assert smtpd.messages
+
+def test_wait_async(smtpd):
+    async def sign_up():
+        asyncio.get_running_loop().call_soon(send, smtpd, "c@d")
+        return await smtpd.wait_async(to="c@d")
+    assert asyncio.run(sign_up()).rcpt_tos == ["c@d"]
+"""
+
+
+def test_report_of_failed_tests(tmp_path: Path) -> None:
+    # pytest warns of an imported module that it cannot rewrite, if it does not forbid that.
+    (tmp_path / "conftest.py").write_text('import dsmtpd\npytest_plugins = ["dsmtpd"]')
+    (tmp_path / "test_fixture.py").write_text(FAILING_FILE)
+    output = run_pytest(tmp_path, "--show-capture=all")
+    assert "3 failed, 1 passed" in output, output
+    received = (
+        "received a@b -> c@d [Hi]\n"
+        "  missing-message-id: no Message-ID field (RFC 5322 section 3.6.4)\n"
+        "refused RCPT TO:<bad@d>: 550 5.1.1 Unknown\n"
+    )
+    assert received in output
+    assert "\nnothing arrived, and no client connected\n" in output
+    assert "\nnothing arrived from the clients that connected: 1\n" in output
+    assert "dsmtpd.py:" not in output.replace("dsmtpd:dsmtpd.py:", "")  # no line of its source
 
 
 def test_fixture_of_smtpdfix_wins(tmp_path: Path) -> None:
@@ -4417,7 +3939,9 @@ def test_handler_that_does_not_return(tmp_path: Path) -> None:
         "    received.wait()\n"
     )
     completed = python(code, tmp_path)
-    assert "RuntimeError: the handler <function hangs" in completed.stderr
+    assert "RuntimeError: the server did not stop within 0.2 s: the handler <function hangs" in (
+        completed.stderr
+    )
     assert completed.returncode == 1
 
 
@@ -4427,20 +3951,6 @@ def test_capture_on_all_interfaces() -> None:
         assert inbox.url == f"smtp://127.0.0.1:{inbox.port}"
         send(inbox)
         inbox.wait()
-
-
-@POSIX
-def test_credentials_do_not_depend_on_the_locale(tmp_path: Path) -> None:
-    code = (
-        "import dsmtpd, base64\n"
-        "session = dsmtpd.Session(dsmtpd.Config(auth={'j\\xfcrgen': 'gr\\xf6\\xdfe'}))\n"
-        "login = base64.b64encode('\\0j\\xfcrgen\\0gr\\xf6\\xdfe'.encode()).decode()\n"
-        "replies = list(session.receive(b'EHLO x\\r\\nAUTH PLAIN %s\\r\\n' % login.encode(), 0))\n"
-        "print(replies[-1].code)\n"
-    )
-    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    completed = python(code, tmp_path, **locale)
-    assert completed.stdout == "235\n", completed.stderr
 
 
 # The last one ignores that the event loop cancels it.
@@ -4517,18 +4027,6 @@ def test_older_python(tmp_path: Path) -> None:
     completed = python(code, tmp_path)
     assert completed.returncode == 1
     assert completed.stderr == "dsmtpd requires Python 3.10 or newer, not 3.9\n"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_maildir_that_cannot_be_written(tmp_path: Path) -> None:
-    mail = tmp_path / "mail"
-    mail.mkdir()
-    (mail / "new").symlink_to("/proc/self")
-    for directory in (mail, Path("/proc/self/mail")):
-        completed = command("-p", "0", "-d", directory)
-        assert completed.returncode == 2
-        assert f"Cannot start: cannot write to {directory}: " in completed.stderr
-        assert len(completed.stderr.splitlines()) == 1
 
 
 # --- Options for CI -------------------------------------------------------------------------
@@ -4998,6 +4496,60 @@ def test_standard_output_without_a_descriptor(
     assert status == 0
 
 
+def test_print_as_sent() -> None:
+    """Only what a terminal would interpret is escaped."""
+    message = mime(
+        "To: b@b.test <c@c.test>,\r\n\t(x",
+        "to : =?utf-8?q?a=0A=1B?= =?utf-8?q?b_?= [d]",
+        "Cc: [object Object]",
+        "Content-Type: multipart/mixed; boundary=1",
+        "",
+        "--1",
+        "",
+        "日本\u3000語\u202f1\xa0\u200f\u061c\u200c\u200d\xad\t",
+        "\x1b[0m\x7f\x9b\u202e\u2066\r",
+        "--1",
+        "",
+        " \t",
+        "--1",
+        "",
+        "https://a.test",
+    )
+    assert dsmtpd._as_text(message) == (
+        "---------- MESSAGE FOLLOWS ----------\n"
+        "To: b@b.test <c@c.test>,\t(x\n"
+        "To: a\\n\\x1bb  [d]\n"
+        "Cc: [object Object]\n"
+        "Subject: \n"
+        "Envelope: a@x.test -> b@y.test\n"
+        "\n"
+        "日本\u3000語\u202f1\xa0\u200f\u061c\u200c\u200d\xad\t\n"
+        "\\x1b[0m\\x7f\\x9b\\u202e\\u2066\n"
+        "\n"
+        "https://a.test\n"
+        "\n"
+        "Links:\n"
+        "  https://a.test\n"
+        "\n"
+        "Attachments:\n"
+        "  unnamed (text/plain, 2 bytes)\n"
+        "  unnamed (text/plain, 14 bytes)\n"
+        "------------ END MESSAGE ------------\n"
+    )
+    message = mime(
+        "Content-Type: multipart/x; boundary=1",
+        "",
+        "--1",
+        "",
+        "\xa0",
+        "--1",
+        "Content-Type: text/html",
+        "",
+        "<p>abc</p>",
+    )
+    assert "\nabc\n\nHTML: 10 characters\n" in dsmtpd._as_text(message)
+
+
 def test_print_of_long_and_binary_content() -> None:
     limit = dsmtpd.MAX_PRINTED_LENGTH
     printed = dsmtpd._as_text(envelope(content=b"\r\n" + b"\x01" * (limit + 5)))
@@ -5073,7 +4625,9 @@ def test_print(tmp_path: Path) -> None:
         "\n"
         "Willkommen\n"
         "\n"
-        "Ihr Link <https://example.com/verify?a=1&b=2>\\x1b[31m\n"
+        "Ihr\xa0Link <https://example.com/verify?a=1&b=2>\\x1b[31m\n"
+        "\n"
+        "HTML: 166 characters\n"
         "\n"
         "Links:\n"
         "  https://example.com/verify?a=1&b=2\n"
