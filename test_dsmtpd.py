@@ -4958,7 +4958,7 @@ def test_ci_of_the_readme(checkout: Path) -> None:
 
 def test_options_of_the_readme() -> None:
     """The options and command lines of the README exist."""
-    lines = re.findall(r"python3 dsmtpd\.py (-.*)", README)
+    lines = re.findall(r"python3 /?dsmtpd\.py (-.*)", README)
     assert len(lines) >= 4
     for line in lines:
         dsmtpd.parse_args(line.split())
