@@ -4683,9 +4683,10 @@ def example(text: str) -> str:
 
 
 def setting(title: str) -> str:
-    """Return the lines below a comment in the examples of settings."""
-    (lines,) = re.findall(rf"^    (?:#|//) {title}.*\n((?:    (?!#|//).+\n)+)", README, re.M)
-    return textwrap.dedent(lines)
+    """Return the lines below the first such comment in the examples of settings."""
+    match = re.search(rf"^    (?:#|//) {title}.*\n((?:    (?!#|//).+\n)+)", README, re.M)
+    assert match
+    return textwrap.dedent(match[1])
 
 
 def sh(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -4794,7 +4795,7 @@ def test_json_of_the_readme(checkout: Path) -> None:
 
 # Programs that send a message with the settings of the README: {title: (module, program)}
 PROGRAMS = {
-    "Django 5.2": (
+    "Django": (
         "django",
         "import django.conf, django.core.mail\n{settings}\n"
         "names = {{name: value for name, value in globals().items() if name.isupper()}}\n"
@@ -4837,7 +4838,6 @@ PROGRAMS = {
         "$settings['host'], $settings['port']);\n",
     ),
 }
-PROGRAMS["Django 6.1"] = PROGRAMS["Django 5.2"]
 SYMFONY_SEND = (
     "(new Symfony\\Component\\Mailer\\Mailer($transport))->send("
     "(new Symfony\\Component\\Mime\\Email())->from('app@example.com')->to('you@example.com')"
@@ -4867,12 +4867,12 @@ def run_program(title: str, settings: str, inbox: dsmtpd.Inbox, **environment: s
     return inbox.wait(timeout=0)
 
 
-@pytest.mark.parametrize("title", PROGRAMS)
+@pytest.mark.parametrize("title", [*PROGRAMS, "Django 6.1"])
 def test_settings_of_the_readme(title: str) -> None:
     if title == "Django 6.1" and pytest.importorskip("django").VERSION < (6, 1):
         pytest.skip("needs Django 6.1")
     with dsmtpd.capture() as inbox:
-        message = run_program(title, setting(title), inbox)
+        message = run_program(title.split()[0], setting(title), inbox)
     assert (message.mail_from, message.subject) == ("app@example.com", "Grüße")
     assert message.text.strip() == "Schön"
     assert message.warnings == []
@@ -4904,23 +4904,21 @@ def test_tls_settings_of_the_readme(
     title: str, tls: str, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(certificate)
-    (row,) = re.findall(rf"^{title} +``(.*?)`` +``(.*?)`` .*``(.*?)``", README, re.M)
-    option = row[tls == "implicit"]
-    settings = setting("Django 5.2" if title == "Django" else title)
-    environment = {}
+    ((starttls, implicit, trust),) = re.findall(
+        rf"^{title} +``(.*?)`` +``(.*?)`` .*``(.*?)``", README, re.M
+    )
+    option = implicit if tls == "implicit" else starttls
+    settings = setting(title)
     if title == "Django":
         settings += option
     elif title == "Nodemailer":
         settings = settings.replace("port }", f"port, {option} }}")
     else:
-        name = option.partition("=")[0]
-        settings = settings.replace(f"{name}=False", f"{option}, {row[2]}")
-    if title != "FastAPI-Mail":
-        name, _, value = row[2].partition("=")
-        environment[name] = value
+        off = option.replace("True", "False")
+        settings = settings.replace(off, f"{option}, {trust}")
+    variables = dict([trust.split("=")]) if trust.endswith("=cert.pem") else {}
     with dsmtpd.capture(tls=tls, cert="cert.pem", key="key.pem") as inbox:
-        program = "Django 5.2" if title == "Django" else title
-        assert run_program(program, settings, inbox, **environment).tls
+        assert run_program(title, settings, inbox, **variables).tls
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="needs TestCase.enterContext()")
