@@ -46,13 +46,12 @@ import contextlib
 import email
 import errno
 import html
-import importlib
 import inspect
 import io
 import logging
 import mailbox
-import operator
 import os
+import pkgutil
 import queue
 import re
 import signal
@@ -173,6 +172,7 @@ class Config:
         _check_choices("without", self.without, EXTENSIONS)
         _check_choices("ignore", self.ignore, WARNINGS)
         _check_choices("tls", filter(None, [self.tls]), TLS_MODES)
+        Rules(self.fail)  # raises ValueError for an invalid one
         self._check_numbers()
         self._check_combinations()
 
@@ -193,9 +193,9 @@ class Config:
         if self.auth and "AUTH" in self.without:
             raise ValueError("without: auth needs AUTH")
         if self.cert and not self.tls:
-            raise ValueError("cert: requires tls, such as starttls")
+            raise ValueError("cert: requires tls (--tls), such as starttls")
         if self.key and not self.cert:
-            raise ValueError("key: requires cert")
+            raise ValueError("key: requires cert (--cert)")
 
     @cached_property
     def extensions(self) -> list[str]:
@@ -3401,22 +3401,11 @@ def pytest_configure(config: Any) -> None:
 
 # --- Command line ---------------------------------------------------------------------
 
-# Seconds that the end of the program waits for an output that nobody reads.
-OUTPUT_TIMEOUT = 2.0
-
-# Octets of messages that may wait for an output.
-MAX_WAITING_OUTPUT = 64 * 1024 * 1024
-
 # Characters of each part of a message that --print shows.
 MAX_PRINTED_LENGTH = 100_000
 
-# Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
-KILL_TIMEOUT = 5.0
-
 
 _HELP = f"""\
-usage: dsmtpd [options] [-- COMMAND [ARG ...]]
-
 A local SMTP server that stores every message in a Maildir and never delivers
 it. With a COMMAND, it runs until the command ends.
 
@@ -3429,8 +3418,7 @@ listening and storing:
 
 looking at messages:
   --print                  Print each message.
-  --html DIR               Write each message as a page into this directory,
-                           for a web browser.
+  --html DIR               Write each message as a page for a browser into DIR.
   --json                   Print each event as one line of JSON.
   -o, --output FILE        Append the output of --print or --json to this file.
   -v, --verbose            Log each session as C: and S: lines.
@@ -3452,14 +3440,12 @@ SMTP:
   --tls MODE               Use TLS 1.2 or newer. MODE is starttls to offer
                            STARTTLS, required to reject clients without it, or
                            implicit to start with TLS.
-  --cert PEM               Use this certificate (a temporary one for
-                           localhost).
+  --cert PEM               Use this certificate (a temporary one for localhost).
   --key PEM                Use this private key (the one in the --cert file).
   --auth USER:PASSWORD     Require this login; repeatable. Without it, any
                            login succeeds.
   -s, --max-size BYTES     Reject larger messages ({Config.max_size}); 0 means no limit.
-  --without KEYWORD        Do not offer this extension, such as CHUNKING;
-                           repeatable.
+  --without KEYWORD        Do not offer this extension; repeatable.
   --disable-smtputf8       The same as --without SMTPUTF8.
 
 other:
@@ -3488,15 +3474,48 @@ and an expectation was not met.
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that prints _HELP, and one line for wrong usage."""
-
     def format_help(self) -> str:
         """Return the text of --help."""
-        return _HELP
+        return f"{self.format_usage()}\n{_HELP}"
 
-    def error(self, message: str) -> NoReturn:
-        """End the program because of wrong usage."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+
+def _make_parser() -> argparse.ArgumentParser:
+    usage = "dsmtpd [options] [-- COMMAND [ARG ...]]"
+    parser = _Parser(prog="dsmtpd", usage=usage, allow_abbrev=False)
+    add = parser.add_argument
+    add("-p", "--port", type=int, default=Config.port)
+    add("-i", "--interface", default=Config.interface)
+    add("-d", "--directory")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--print", action="store_true")
+    output.add_argument("--json", action="store_true")
+    add("--html")
+    add("-o", "--output")
+    add("-v", "--verbose", action="store_true")
+    add("-q", "--quiet", action="store_true")
+    add("--expect", type=int)
+    add("--timeout", type=float)
+    add("--fail", action="append", default=[])
+    add("--strict", action="store_true")
+    add("--ignore", action="append", default=[])
+    add("--tls")
+    add("--cert")
+    add("--key")
+    add("--auth", type=_credentials, action="append", default=[])
+    add("-s", "--max-size", type=int, default=Config.max_size)
+    add("--without", action="append", default=[])
+    add("--disable-smtputf8", dest="smtputf8", action="store_false")
+    add("--handler")
+    add("--reuse-port", action="store_true")
+    add("--version", action="version", version=f"dsmtpd {__version__}")
+    return parser
+
+
+def _credentials(text: str) -> tuple[str, str]:
+    user, colon, password = text.partition(":")
+    if not user or not colon:
+        raise argparse.ArgumentTypeError("must be USER:PASSWORD")
+    return user, password
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -3512,125 +3531,298 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv[:end_of_options])
     args.auth = dict(args.auth)
     args.command = argv[end_of_options + 1 :]
-    if end_of_options < len(argv) and not (args.command and args.command[0]):
+    if "--" in argv and not args.command:
         parser.error("expected a command after --, such as: dsmtpd -p 0 -- pytest")
-    _check_options(parser, args, unknown)
+    if args.output and not (args.print or args.json):
+        parser.error("output: requires --print or --json")
+    if args.expect is not None and args.expect < 0:
+        parser.error("expect: must be a number of messages, such as 1, or 0 for none")
+    if args.timeout is not None and not args.timeout > 0:
+        parser.error("timeout: must be a number of seconds above 0")
     options = vars(args)  # each field of Config is the name of an option
     try:
         args.config = Config(**{item.name: options[item.name] for item in fields(Config)})
     except ValueError as error:
-        parser.error(f"argument --{error}")
+        parser.error(str(error))
+    if unknown:  # after a rule without quotes, which is the reason then
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; a command goes after --")
     return args
-
-
-def _check_options(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, unknown: list[str]
-) -> None:
-    if unknown and unknown[0].startswith("-"):
-        parser.error(f"unknown option {unknown[0]}")
-    if unknown:
-        parser.error(f"unexpected argument {unknown[0]}; a command goes after --")
-    if args.cert and not args.tls:
-        parser.error("argument --cert: requires --tls, such as --tls starttls")
-    if args.key and not args.cert:
-        parser.error("argument --key: requires --cert")
-    if args.output and not (args.print or args.json):
-        parser.error("argument -o/--output: requires --print or --json")
-
-
-_REPEATABLE: Any = {"action": "append", "default": []}
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="dsmtpd", allow_abbrev=False)
-    add = parser.add_argument
-    add("-p", "--port", type=_number("a port number such as 1025"), default=Config.port)
-    add("-i", "--interface", default=Config.interface)
-    add("-d", "--directory")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--print", action="store_true")
-    output.add_argument("--json", action="store_true")
-    add("-o", "--output")
-    add("--html")
-    add("-v", "--verbose", action="store_true")
-    add("-q", "--quiet", action="store_true")
-    add("--expect", type=_number("a number of messages such as 1"))
-    add("--timeout", type=_seconds)
-    add("--fail", type=_rule, **_REPEATABLE)
-    add("--strict", action="store_true")
-    add("--ignore", choices=list(WARNINGS), **_REPEATABLE)
-    add("--tls", choices=TLS_MODES)
-    add("--cert")
-    add("--key")
-    add("--auth", type=_credentials, **_REPEATABLE)
-    size = _number(f"a number of bytes such as {Config.max_size}")
-    add("-s", "--max-size", type=size, default=Config.max_size)
-    add("--without", type=str.upper, choices=EXTENSIONS, **_REPEATABLE)
-    add("--disable-smtputf8", dest="smtputf8", action="store_false")
-    add("--handler")
-    add("--reuse-port", action="store_true")
-    add("--version", action="version", version=f"dsmtpd {__version__}")
-    return parser
-
-
-def _number(expected: str) -> Callable[[str], int]:
-    """Return a function that parses a number; its error says what was expected."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text):
-            raise argparse.ArgumentTypeError(f"must be {expected}, not {text}")
-        return int(text)
-
-    return parse
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number above 0, such as 10, not {text}")
-
-
-def _rule(text: str) -> str:
-    try:
-        parse_rule(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
-
-
-def _credentials(text: str) -> tuple[str, str]:
-    with contextlib.suppress(UnicodeError):  # RFC 4616: UTF-8, whatever the locale is
-        text = os.fsencode(text).decode()
-    user, colon, password = text.partition(":")
-    if not user or not colon:
-        raise argparse.ArgumentTypeError("must be USER:PASSWORD")
-    return user, password
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the program; raises SystemExit with the exit status."""
     # A handler that imports dsmtpd gets this module, even when it runs as a script.
     sys.modules.setdefault("dsmtpd", sys.modules[__name__])
-    signals = _SignalHandler()
     args = parse_args(argv)
-    _configure_logging(args)
-    with contextlib.ExitStack() as cleanup:
-        status = asyncio.run(_Program(args, signals, cleanup).run())
-    # A zipapp ignores what main() returns.
-    sys.exit(status)
-
-
-def _configure_logging(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s: %(message)s")
     # asyncio warns of each write to a client that has disconnected.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    if args.verbose:
-        log.setLevel(logging.DEBUG)
-    elif args.quiet:
-        log.setLevel(logging.WARNING)
-    else:
-        log.setLevel(logging.INFO)
+    level = logging.WARNING if args.quiet else logging.INFO
+    log.setLevel(logging.DEBUG if args.verbose else level)
+    # A zipapp ignores what main() returns.
+    sys.exit(asyncio.run(_Program(args).run()))
+
+
+# Seconds between SIGTERM and SIGKILL for a command that exceeds --timeout.
+KILL_TIMEOUT = 5.0
+
+
+class _Program:
+    """One run of the program: the server, its outputs, the command and the signals."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._cleanup = contextlib.ExitStack()  # the output file and the temporary Maildir
+        self._text: _Output | None = None  # --print or --json
+        self._pages: _Output | None = None  # --html
+        self._page_url = ""
+        self._command: subprocess.Popen[bytes] | None = None  # while it runs
+        self._stop = asyncio.Event()
+        self._signal = 0  # the one that stops the program
+        self._received = 0  # messages
+        self._refused = 0  # commands and messages
+        self._rejected = 0  # messages, by --strict
+
+    async def run(self) -> int:
+        """Run until the program is stopped; return the exit status."""
+        _handle_signals(self._on_signal)
+        with self._cleanup:
+            try:
+                server = self._make_server()
+                await self._start(server)
+            except (OSError, RuntimeError, ValueError, mailbox.Error) as error:
+                log.error("Cannot start: %s", error)
+                return 2
+            await self._log_start(server)
+            status = 0
+            if self._args.command:
+                status = await self._run_command(server)
+            else:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), self._args.timeout)
+            log.info("Cleaning up")
+            await self._close(server)
+        expectation_status = self._check_expectation()
+        return status or expectation_status
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._command is None:
+            _handle_signals(signal.SIG_DFL)  # the next one ends the program
+            self._signal = number
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                asyncio.get_running_loop().call_soon_threadsafe(self._stop.set)
+        elif signal.Signals(number).name in ("SIGTERM", "SIGHUP"):
+            _send_signal(self._command, number)  # Ctrl-C comes from the terminal
+
+    def _make_server(self) -> Server:
+        handler = _load_handler(self._args.handler) if self._args.handler else None
+        config = self._args.config
+        if self._args.command and not config.directory and not handler:
+            directory = tempfile.TemporaryDirectory(prefix="dsmtpd-", ignore_cleanup_errors=True)
+            config = replace(config, directory=self._cleanup.enter_context(directory))
+        return Server(
+            config, handler=handler, on_message=self._on_message, on_refusal=self._on_refusal
+        )
+
+    async def _start(self, server: Server) -> None:
+        await server.start(_systemd_sockets() or _listen(server.config))
+        try:
+            self._open_outputs()
+        except OSError:
+            await server.close()
+            raise
+
+    def _open_outputs(self) -> None:
+        if self._args.print or self._args.json:
+            path = self._args.output
+            # It has no buffer, and so no lock: at its end, Python would wait for a thread that
+            # is writing to sys.stdout.
+            file = io.FileIO(path or sys.stdout.fileno(), "a", closefd=bool(path))
+            self._cleanup.enter_context(file)
+            encoding = "utf-8" if path else sys.stdout.encoding
+            self._text = _Output(path or "standard output", partial(_write_text, file, encoding))
+        if self._args.html:
+            pages = PageDirectory(self._args.html)
+            self._pages, self._page_url = _Output(self._args.html, pages.add), pages.url
+
+    async def _log_start(self, server: Server) -> None:
+        """Log where the server listens and what it does with messages."""
+        for host, port in server.addresses:
+            log.info("Starting dsmtpd %s at %s", __version__, format_address((host, port)))
+            self._put_event("listening", host=host, port=port, version=__version__)
+        if self._args.handler:
+            log.info("Handing the incoming emails to %s", self._args.handler)
+        if self._args.html:
+            log.info("Open %s", self._page_url)
+        if server.maildir is not None:
+            path = server.maildir.path
+            log.info("Storing the incoming emails into %s", path)
+            # The server listens already, and counting may take a second.
+            count = await asyncio.to_thread(len, server.maildir)
+            log.info("Found a Maildir storage with %s mails", count)
+            names = {entry.name for entry in path.glob("[!.]*")}
+            if server.config.directory is None and names - {"cur", "new", "tmp"}:
+                log.warning("%s has other files too; -d DIR selects another directory", path)
+
+    async def _run_command(self, server: Server) -> int:
+        """Run the command; return its exit status as a shell does."""
+        if self._signal:
+            return 128 + self._signal
+        if hasattr(signal, "SIGCHLD"):
+            # If the parent process ignores it, the exit status of the command would be lost.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            self._command = command = self._start_command(server)
+        except OSError as error:
+            log.error("Cannot run %s: %s", self._args.command[0], error.strerror)
+            return 127
+        if self._signal:  # it came while the command was started
+            _send_signal(command, self._signal)
+        status = await self._wait_for_command(command)
+        self._command = None
+        return status if status >= 0 else 128 - status
+
+    def _start_command(self, server: Server) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "SMTP_HOST": client_host(server.host), "SMTP_PORT": str(server.port)}
+        if server.maildir is not None:
+            env["DSMTPD_MAILDIR"] = str(server.maildir.path)
+        if server.cafile is not None:
+            env["DSMTPD_CAFILE"] = server.cafile
+        return subprocess.Popen(self._args.command, env=env)
+
+    async def _wait_for_command(self, command: subprocess.Popen[bytes]) -> int:
+        """Wait until the command ends, or end it after --timeout; return its exit status."""
+        name = self._args.command[0]
+        try:
+            return await asyncio.to_thread(command.wait, self._args.timeout)
+        except subprocess.TimeoutExpired:
+            log.warning("Timeout: sending SIGTERM to %s", name)
+            _send_signal(command, signal.SIGTERM)
+        try:
+            await asyncio.to_thread(command.wait, KILL_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            log.warning("Timeout: sending SIGKILL to %s", name)
+            command.kill()
+        return await asyncio.to_thread(command.wait) or -signal.SIGTERM  # servers end with 0
+
+    async def _close(self, server: Server) -> None:
+        quit_timeout = 0.0 if self._signal else STOP_TIMEOUT  # for the client of the last message
+        # After a signal, a second one ends the program if the handler does not return.
+        timeout = HANDLER_TIMEOUT if self._args.handler and not self._signal else None
+        closing = asyncio.ensure_future(server.close(quit_timeout))
+        await asyncio.wait([closing], timeout=timeout)
+        for output in (self._text, self._pages):
+            if output is not None:
+                output.close()
+        if not closing.done():
+            text = "The handler %s did not return within %g s"
+            log.error(text, self._args.handler, HANDLER_TIMEOUT)
+            os._exit(1)  # asyncio.run() would wait for it
+        if self._args.html and self._args.command and self._received:
+            log.info("Open %s", self._page_url)
+
+    def _check_expectation(self) -> int:
+        """Return the exit status, and log why it is not 0."""
+        expected = self._args.expect
+        if expected is None:
+            return 0
+        is_met = self._received == 0 if expected == 0 else self._received >= expected
+        if is_met and not self._rejected:
+            return 0
+        text = "Expected messages: %d, arrived: %d, rejected by --strict: %d, refused commands: %d"
+        if not self._received and not self._refused:
+            text += "; the fixture smtpd and Django's test backend do not send to this server"
+        log.error(text, expected, self._received, self._rejected, self._refused)
+        return 1
+
+    def _on_message(self, envelope: Envelope) -> None:
+        self._received += 1
+        expected = self._args.expect
+        if expected is not None and self._received >= expected and not self._args.command:
+            self._stop.set()
+        size = len(envelope.content) + 1000 * len(envelope.rcpt_tos)  # an estimate
+        if self._text is not None:
+            get_text = _message_event if self._args.json else _as_text
+            self._text.put(partial(get_text, envelope), size)
+        if self._pages is not None:
+            self._pages.put(envelope, size)
+
+    def _on_refusal(self, refusal: Refusal) -> None:
+        self._refused += 1
+        if refusal.verb == "." and refusal.reply.text.partition(":")[0] in WARNINGS:
+            self._rejected += 1
+        self._put_event(
+            "refused",
+            time=refusal.time.isoformat(),
+            peer=refusal.peer,
+            verb=refusal.verb,
+            argument=refusal.argument,
+            code=refusal.reply.code,
+            status=refusal.reply.status,
+            text=refusal.reply.text,
+        )
+
+    def _put_event(self, event: str, **values: object) -> None:
+        if self._text is not None and self._args.json:
+            self._text.put(partial(_json_line, event, **values), 1000)  # an estimate
+
+
+def _handle_signals(handler: Callable[[int, object], object] | signal.Handlers) -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = signal.Signals.__members__.get(name)
+        # What the parent process ignores stays ignored; nohup does that for SIGHUP.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _send_signal(command: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(PermissionError):  # it runs as another user
+        command.send_signal(number)
+
+
+_LISTEN_ERRORS = {
+    errno.EADDRINUSE: "the port is in use; use another one, or -p 0 for any free port",
+    errno.EADDRNOTAVAIL: "this machine does not have that address",
+    errno.EACCES: "ports below 1024 are reserved for root; use -p 1025 or contrib/dsmtpd.socket",
+}
+
+
+def _listen(config: Config) -> list[socket.socket]:
+    """Return listening sockets, or end the program."""
+    try:
+        return listen(config)
+    except OSError as error:
+        address = format_address((config.interface, config.port))
+        reason = _LISTEN_ERRORS.get(error.errno or 0, error.strerror)
+        log.error("Cannot listen on %s: %s", address, reason)
+        sys.exit(3)
+
+
+def _systemd_sockets() -> list[socket.socket]:
+    """Return the listening sockets that systemd passes to this process (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = int(os.environ.get("LISTEN_FDS") or 0)
+    return [socket.socket(fileno=3 + number) for number in range(count)]
+
+
+def _load_handler(name: str) -> Handler:
+    """Return the callable MODULE:CALLABLE. Raises ValueError if there is none."""
+    sys.path.append(os.getcwd())  # last: a json.py there does not replace the standard one
+    try:
+        handler: object = pkgutil.resolve_name(name)
+    except (Exception, SystemExit) as error:  # the module may raise anything
+        raise ValueError(f"--handler {name}: {type(error).__name__}: {error}") from error
+    if not callable(handler):
+        raise ValueError(f"--handler {name}: must be MODULE:CALLABLE, such as my_file:my_function")
+    return handler
+
+
+# Seconds that the end of the program waits for an output that nobody reads.
+OUTPUT_TIMEOUT = 2.0
+
+# Octets of messages that may wait for an output.
+MAX_WAITING_OUTPUT = 64 * 1024 * 1024
 
 
 class _Output:
@@ -3687,355 +3879,10 @@ class _Output:
         self._is_complete = False
 
 
-def _open_output(path: str | None) -> tuple[io.FileIO, str]:
-    """Open a file to append to, or standard output; return it and its encoding.
-
-    The file has no buffer, and so no lock. sys.stdout has one: at its end, Python would wait for
-    a thread that is writing to it.
-    """
-    if path is not None:
-        return open(path, "ab", buffering=0), "utf-8"
-    try:
-        return open(sys.stdout.fileno(), "wb", buffering=0, closefd=False), sys.stdout.encoding
-    except (AttributeError, OSError, ValueError):
-        # It was closed before the start, or replaced by an object without a descriptor.
-        return open(os.devnull, "wb", buffering=0), "utf-8"
-
-
 def _write_text(file: io.FileIO, encoding: str, get_text: Callable[[], str]) -> None:
     rest = memoryview(get_text().encode(encoding, "backslashreplace"))
     while rest:
         rest = rest[file.write(rest) :]
-
-
-class _SignalHandler:
-    """Handles Ctrl-C, Ctrl-Break, SIGTERM and SIGHUP.
-
-    The first one sets `stop`, and the next one ends the program. While the command runs, SIGTERM
-    and SIGHUP are passed on to it instead.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        """The signal that stops the program, or 0."""
-        self.stop = asyncio.Event()
-        self.command: asyncio.subprocess.Process | None = None
-        """The command, while it runs."""
-        if hasattr(signal, "SIGCHLD"):
-            # If the parent process ignores it, the exit status of the command would be lost.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._install(self._handle)
-
-    def set_command(self, command: asyncio.subprocess.Process) -> None:
-        """Pass signals on to the command, also one that came while it was started."""
-        self.command = command
-        if self.number:
-            self._install(self._handle)
-            _send_signal(command, self.number)
-
-    def _install(self, handler: Callable[[int, object], object] | signal.Handlers) -> None:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            number = signal.Signals.__members__.get(name)
-            # What the parent process ignores stays ignored; nohup does that for SIGHUP.
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.command is not None:
-            # The terminal sends Ctrl-C to the command as well.
-            if signal.Signals(number).name in ("SIGTERM", "SIGHUP"):
-                _send_signal(self.command, number)
-            return
-        self._install(signal.SIG_DFL)
-        self.number = number
-        with contextlib.suppress(RuntimeError):  # no event loop is running
-            asyncio.get_running_loop().call_soon_threadsafe(self.stop.set)
-
-
-def _send_signal(command: asyncio.subprocess.Process, number: int) -> None:
-    # Process.send_signal() of older Pythons may lose the exit status.
-    with contextlib.suppress(OSError):  # the command has ended, or runs as another user
-        os.kill(command.pid, number)
-
-
-class _Program:
-    """One run of the program: the server, its outputs and the command."""
-
-    def __init__(
-        self, args: argparse.Namespace, signals: _SignalHandler, cleanup: contextlib.ExitStack
-    ) -> None:
-        self._args = args
-        self._signals = signals
-        self._cleanup = cleanup  # closes the output file, and removes the temporary Maildir
-        self._text: _Output | None = None  # --print or --json
-        self._pages: _Output | None = None  # --html
-        self._page_url = ""
-        self._received = 0  # messages
-        self._refused = 0  # commands and messages
-        self._rejected = 0  # messages, by --strict
-
-    async def run(self) -> int:
-        """Run until the program is stopped; return the exit status."""
-        server = await self._start()
-        status = 0
-        if self._args.command:
-            status = await self._run_command(server)
-        else:
-            await self._wait_until_stopped()
-        log.info("Cleaning up")
-        handler_returned = await self._close(server)
-        expectation_status = self._check_expectation()
-        status = status or expectation_status
-        if not handler_returned:
-            self._cleanup.close()
-            os._exit(status or 1)  # asyncio.run() would wait for the handler
-        return status
-
-    async def _start(self) -> Server:
-        """Start the server and the outputs, or end the program with a line that says why not."""
-        try:
-            handler = _load_handler(self._args.handler) if self._args.handler else None
-            config = self._add_temporary_maildir(self._args.config)
-        except (OSError, ValueError) as error:
-            self._fail(2, f"Cannot start: {error}")
-        try:
-            sockets = _systemd_sockets() or listen(config)
-        except (OSError, ValueError) as error:
-            self._fail(3, f"Cannot listen on {_listen_error(config, error)}")
-        server = Server(
-            config, handler=handler, on_message=self._on_message, on_refusal=self._on_refusal
-        )
-        try:
-            await server.start(sockets)
-            self._open_outputs()
-            await self._announce(server)
-        except (OSError, RuntimeError, ValueError, mailbox.Error) as error:
-            await server.close()
-            self._fail(2, f"Cannot start: {error}")
-        return server
-
-    def _fail(self, status: int, text: str) -> NoReturn:
-        """End the program because it cannot start, unless a signal is the reason."""
-        if self._signals.number:
-            sys.exit(self._interrupted_status)
-        log.error("%s", text)
-        sys.exit(status)
-
-    def _add_temporary_maildir(self, config: Config) -> Config:
-        """Return the config with a Maildir for the command, unless -d or --handler is given."""
-        if not self._args.command or self._args.directory or self._args.handler:
-            return config
-        directory = tempfile.TemporaryDirectory(prefix="dsmtpd-", ignore_cleanup_errors=True)
-        return replace(config, directory=self._cleanup.enter_context(directory))
-
-    def _open_outputs(self) -> None:
-        if self._args.print or self._args.json:
-            path = self._args.output
-            file, encoding = _open_output(path)
-            self._cleanup.enter_context(file)
-            write = partial(_write_text, file, encoding)
-            self._text = _Output(path or "standard output", write)
-        if self._args.html:
-            pages = PageDirectory(self._args.html)
-            self._pages, self._page_url = _Output(self._args.html, pages.add), pages.url
-
-    async def _announce(self, server: Server) -> None:
-        """Log where the server listens and what it does with messages.
-
-        Raises OSError if the Maildir cannot be read.
-        """
-        for address in server.addresses:
-            log.info("Starting dsmtpd %s at %s", __version__, format_address(address))
-            self._put_event("listening", host=address[0], port=address[1], version=__version__)
-        if self._args.handler:
-            log.info("Handing the incoming emails to %s", self._args.handler)
-        if self._pages is not None:
-            log.info("Open %s", self._page_url)
-        if server.maildir is not None:
-            path = _maildir_path(server)
-            log.info("Storing the incoming emails into %s", path)
-            # The server listens already, and counting may take a second.
-            count = await asyncio.to_thread(len, server.maildir)
-            log.info("Found a Maildir storage with %s mails", count)
-            if server.config.directory is None and _has_other_files(path):
-                log.warning("%s has other files too; -d DIR selects another directory", path)
-
-    async def _run_command(self, server: Server) -> int:
-        """Run the command; return its exit status as a shell does."""
-        if self._signals.number:
-            return self._interrupted_status
-        name = self._args.command[0]
-        try:
-            command = await asyncio.create_subprocess_exec(
-                *self._args.command, env={**os.environ, **_environment(server)}
-            )
-        except OSError as error:
-            log.error("Cannot run %s: %s", name, error.strerror)
-            return 127
-        self._signals.set_command(command)
-        status = await self._wait_for_command(command, name)
-        self._signals.command = None
-        return status if status >= 0 else 128 - status
-
-    async def _wait_for_command(self, command: asyncio.subprocess.Process, name: str) -> int:
-        """Wait until the command ends, or end it after --timeout; return its exit status."""
-        try:
-            return await asyncio.wait_for(command.wait(), self._args.timeout)
-        except asyncio.TimeoutError:
-            log.warning("Timeout: sending SIGTERM to %s", name)
-            _send_signal(command, signal.SIGTERM)
-        try:
-            await asyncio.wait_for(command.wait(), KILL_TIMEOUT)
-        except asyncio.TimeoutError:
-            log.warning("Timeout: sending SIGKILL to %s", name)
-            with contextlib.suppress(OSError):
-                command.kill()
-        return await command.wait() or -signal.SIGTERM  # servers end with status 0
-
-    @property
-    def _interrupted_status(self) -> int:
-        """The exit status after a signal: a command that has not run has not succeeded."""
-        return 128 + self._signals.number if self._args.command else 0
-
-    async def _wait_until_stopped(self) -> None:
-        if not self._signals.number:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._signals.stop.wait(), self._args.timeout)
-
-    async def _close(self, server: Server) -> bool:
-        """Close the server and the outputs; return False if the handler does not return."""
-        # A test run does not wait for its handler forever.
-        is_test_run = self._args.command or self._args.expect is not None or self._args.timeout
-        timeout = HANDLER_TIMEOUT if is_test_run and self._args.handler else None
-        is_complete = self._args.expect is not None and self._received >= self._args.expect
-        quit_timeout = STOP_TIMEOUT if is_complete else 0.0  # for the client of the last message
-        closing = asyncio.ensure_future(server.close(quit_timeout))
-        await asyncio.wait([closing], timeout=timeout)
-        if not closing.done():
-            name = self._args.handler
-            log.error("The handler %s did not return within %g s", name, HANDLER_TIMEOUT)
-        for output in (self._text, self._pages):
-            if output is not None:
-                output.close()
-        if self._pages is not None and self._args.command and self._received:
-            log.info("Open %s", self._page_url)
-        return closing.done()
-
-    def _check_expectation(self) -> int:
-        """Return the exit status, and log why it is not 0."""
-        expected = self._args.expect
-        if expected is None:
-            return 0
-        is_met = self._received == 0 if expected == 0 else self._received >= expected
-        if is_met and not self._rejected:
-            return 0
-        text = (
-            "Expected messages: %d, arrived: %d, rejected by --strict: %d,"
-            " refused commands and messages: %d"
-        )
-        if not self._received and not self._refused:
-            text += "; the fixture smtpd and Django's test backend do not send to this server"
-        log.error(text, expected, self._received, self._rejected, self._refused)
-        return 1
-
-    def _on_message(self, envelope: Envelope) -> None:
-        self._received += 1
-        expected = self._args.expect
-        if expected is not None and self._received >= expected and not self._args.command:
-            self._signals.stop.set()
-        size = len(envelope.content) + 1000 * len(envelope.rcpt_tos)  # an estimate
-        if self._text is not None:
-            get_text = _message_event if self._args.json else _as_text
-            self._text.put(partial(get_text, envelope), size)
-        if self._pages is not None:
-            self._pages.put(envelope, size)
-
-    def _on_refusal(self, refusal: Refusal) -> None:
-        self._refused += 1
-        if refusal.verb == "." and refusal.reply.text.partition(":")[0] in WARNINGS:
-            self._rejected += 1
-        self._put_event(
-            "refused",
-            time=refusal.time.isoformat(),
-            peer=refusal.peer,
-            verb=refusal.verb,
-            argument=refusal.argument,
-            code=refusal.reply.code,
-            status=refusal.reply.status,
-            text=refusal.reply.text,
-        )
-
-    def _put_event(self, event: str, **values: object) -> None:
-        if self._text is not None and self._args.json:
-            text = _json_line(event, **values)
-            self._text.put(lambda: text, len(text))
-
-
-def _environment(server: Server) -> dict[str, str]:
-    """Return the environment variables that tell the command where to send messages."""
-    env = {"SMTP_HOST": client_host(server.host), "SMTP_PORT": str(server.port)}
-    if server.maildir is not None:
-        env["DSMTPD_MAILDIR"] = _maildir_path(server)
-    if server.cafile is not None:
-        env["DSMTPD_CAFILE"] = server.cafile
-    return env
-
-
-def _maildir_path(server: Server) -> str:
-    return os.path.abspath(server.config.directory or ".")
-
-
-def _has_other_files(maildir: str) -> bool:
-    names = {name for name in os.listdir(maildir) if not name.startswith(".")}
-    return bool(names - {"cur", "new", "tmp"})
-
-
-_LISTEN_ERRORS = {
-    errno.EADDRINUSE: "the port is in use; use another one, or -p 0 for any free port",
-    errno.EADDRNOTAVAIL: "this machine does not have that address",
-    errno.EACCES: "ports below 1024 are reserved for root; use -p 1025, or systemd with"
-    " contrib/dsmtpd.socket",
-}
-
-
-def _listen_error(config: Config, error: Exception) -> str:
-    """Return the address, what is wrong with it, and what to use instead."""
-    text = str(error)
-    if isinstance(error, socket.gaierror | UnicodeError):
-        text = "unknown host name"
-    elif isinstance(error, OSError):
-        text = _LISTEN_ERRORS.get(error.errno or 0, text)
-    return f"{format_address((config.interface, config.port))}: {text}"
-
-
-def _systemd_sockets() -> list[socket.socket]:
-    """Return the listening sockets that systemd passes to this process (sd_listen_fds(3))."""
-    is_for_us = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
-    count = os.environ.pop("LISTEN_FDS", "")
-    if not is_for_us or not count:
-        return []
-    sockets = [socket.socket(fileno=3 + number) for number in range(int(count))]
-    for sock in sockets:
-        sock.set_inheritable(False)  # not for the command
-        if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            raise OSError("LISTEN_FDS has a socket that is not a TCP socket")
-    return sockets
-
-
-def _load_handler(name: str) -> Handler:
-    """Return the callable MODULE:CALLABLE. Raises ValueError if there is none."""
-    module_name, _, path = name.partition(":")
-    if not module_name or not path:
-        raise ValueError(f"--handler {name}: must be MODULE:CALLABLE, such as my_file:my_function")
-    try:
-        sys.path.append(os.getcwd())  # last: a json.py there does not replace the standard one
-        module = importlib.import_module(module_name)
-        handler: Handler = operator.attrgetter(path)(module)
-    except (Exception, SystemExit) as error:  # the module may raise anything
-        raise ValueError(f"--handler {name}: {type(error).__name__}: {error}") from error
-    if not callable(handler):
-        raise ValueError(f"--handler {name}: {path} is not callable")
-    return handler
 
 
 def _json_line(event: str, **values: object) -> str:
