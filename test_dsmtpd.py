@@ -3157,7 +3157,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     ("arguments", "text"),
     [
         (["-p", "70000"], "port: must be from 0 (any free one) to 65535, not 70000"),
-        (["-s", "32M"], "argument -s/--max-size: invalid int value: '32M'"),
+        (["-s", "32M"], "must be a number of bytes, such as 33554432, not 32M"),
         (["--auth", "secret"], "argument --auth: must be USER:PASSWORD"),
         (["--fail", "RCPT", "a.txt"], "write it in quotes, such as 'RCPT * 550'"),
         (["--expect", "-1"], "expect: must be a number of messages, such as 1, or 0 for none"),
