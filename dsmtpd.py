@@ -3085,6 +3085,9 @@ def make_tls_context(
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.num_tickets = 0  # libesmtp 1.1 hangs after session tickets of TLS 1.3
     try:
+        for path in (cert, key or cert):  # the errors of load_cert_chain() do not name the file
+            with open(path, "rb"):
+                pass
         context.load_cert_chain(cert, key, refuse_passphrase)
     except (OSError, ValueError) as error:
         reason = str(error)

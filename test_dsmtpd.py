@@ -3795,7 +3795,7 @@ def test_report_of_failed_tests(tmp_path: Path) -> None:
     # pytest warns of an imported module that it cannot rewrite, if it does not forbid that.
     (tmp_path / "conftest.py").write_text('import dsmtpd\npytest_plugins = ["dsmtpd"]')
     (tmp_path / "test_fixture.py").write_text(FAILING_FILE)
-    output = run_pytest(tmp_path, "--show-capture=all")
+    output = run_pytest(tmp_path, "--show-capture=all").replace("RCPT to:", "RCPT TO:")
     assert "3 failed, 1 passed" in output, output
     received = (
         "received a@b -> c@d [Hi]\n"
