@@ -1534,9 +1534,8 @@ class _Part:
         media_type = _first_token(content_type)
         self.type = media_type if re.fullmatch("[^/]+/[^/]+", media_type) else default_type
         self.charset = mime_parameter(content_type, "charset")
-        self.boundary = b""  # between the parts of a multipart
-        if self.type.startswith("multipart/"):
-            self.boundary = mime_parameter(content_type, "boundary").rstrip().encode()
+        boundary = mime_parameter(content_type, "boundary").rstrip().encode()
+        self.boundary = boundary if self.type.startswith("multipart/") else b""
         self.name = mime_parameter(disposition, "filename") or mime_parameter(content_type, "name")
         self.is_file = self.name != "" or _first_token(disposition) == "attachment"
         self.content_id = first_field(header, "Content-ID").strip("<> \t")
@@ -1606,8 +1605,8 @@ def readable_text(envelope: Envelope) -> str:
 
 # --- Header fields --------------------------------------------------------------------
 
-# The name of a field (RFC 5322 section 4.5), or the start of the "From " line of an mbox file. A line
-# that begins with "--" may be a delimiter.
+# The name of a field (RFC 5322 section 4.5), or the first line of an mbox file. A line that begins
+# with "--" may be a delimiter.
 _FIELD_START = rb"(?!--)[!-9;-~]+[ \t]*:|>?From "
 # The start of a line that is neither a field nor goes on with one, and that line if it is empty.
 # Programs that convert line ends twice send CR CR LF.
@@ -1652,8 +1651,9 @@ def decode_words(text: str) -> str:
 
 
 def _decode_adjacent(run: re.Match[str]) -> str:
+    """Decode adjacent encoded-words, of which two with the same charset may share a character."""
     words = re.finditer(_ENCODED_WORD, run[0], re.IGNORECASE)
-    return "".join(  # two words with the same charset may share a character
+    return "".join(
         decode_text(b"".join(map(_decode_word, group)), charset)
         for charset, group in groupby(words, key=lambda word: word[1].lower())
     )
@@ -1756,13 +1756,15 @@ def decode_text(octets: bytes, label: str) -> str:
     elif codec == "euc_jp":
         octets, codec = _EUC_JP.sub(_character_to_shift_jis, octets), "cp932"
     text = octets.decode(codec, "replace")
+    if codec == "cp932":
+        text = re.sub("[\uf8f0-\uf8f3]", "\ufffd", text)  # octets that Shift_JIS does not use
     return text.encode("utf-8", "replace").decode()  # UTF-7 can express surrogates
 
 
 # Python's codecs for ISO-2022-JP and EUC-JP lack characters of Windows, such as those of NEC. Its
 # codec for Shift_JIS has them, and the three encode the same table of 94 rows with 94 cells.
 _ISO_2022_JP = re.compile(rb"\x1b(\([BIJ]|\$[@B])([^\x1b]*)")
-_EUC_JP = re.compile(rb"([\xa1-\xfe])([\xa1-\xfe])|\x8e([\xa1-\xdf])")
+_EUC_JP = re.compile(rb"([\xa1-\xfe])([\xa1-\xfe])|\x8e([\xa1-\xdf])|[\x80-\xff]")
 _SET_HIGH_BIT = bytes(octet | 0x80 if octet > 0x20 else octet for octet in range(256))
 
 
@@ -1778,8 +1780,8 @@ def _segment_to_shift_jis(segment: re.Match[bytes]) -> bytes:
 def _character_to_shift_jis(character: re.Match[bytes]) -> bytes:
     """Return a character of EUC-JP as Shift_JIS."""
     first, second, katakana = character.groups()
-    if katakana:
-        return katakana
+    if not first:
+        return katakana or b"\xff"
     lead, trail = divmod((first[0] - 0xA1) * 94 + second[0] - 0xA1, 188)
     return bytes([lead + (0x81 if lead < 0x1F else 0xC1), trail + (0x40 if trail < 0x3F else 0x41)])
 
@@ -1869,7 +1871,7 @@ def _find_target(attributes: str) -> list[str]:
 
 
 # A character reference. A name without a semicolon before "=" or a letter or digit is text (HTML
-# standard section 13.2.5.73), such as "&currency=" in a URL. Python converts no longer numbers.
+# standard section 13.2.5.73), such as "&currency=" in a URL. int() raises for thousands of digits.
 _REFERENCE = re.compile(
     r"&(#[0-9]{1,50};?|#[xX][0-9a-fA-F]+;?|[a-zA-Z][a-zA-Z0-9]*(?:;|(?![=a-zA-Z0-9])))"
 )
