@@ -1560,15 +1560,13 @@ class _Part:
         return parse_html(self.text)
 
 
-# A line that may be a delimiter (RFC 2046 section 5.1.1)
+# A line that may be a delimiter (RFC 2046 section 5.1.1). One search finds those of all multiparts,
+# so the time does not grow with nesting.
 _DELIMITER = re.compile(rb"\n--([^\n]*)")
 
 
 def split_parts(content: bytes) -> Iterator[_Part]:
-    """Yield the parts that have no parts themselves, in their order (RFC 2046 section 5.1).
-
-    One search finds the delimiters of all multiparts, so the time does not grow with nesting.
-    """
+    """Yield the parts that have no parts themselves, in their order (RFC 2046 section 5.1)."""
     # {boundary of an open multipart: default type of its parts}, the innermost last
     types: dict[bytes, str] = {}
     part: _Part | None = _Part(content, 0, "text/plain")
@@ -1791,15 +1789,13 @@ def _character_to_shift_jis(character: re.Match[bytes]) -> bytes:
 # A URL, in which brackets are balanced
 _URL_CHAR = r"[^\x00-\x20<>\"`()\[\]{}\x7f]"
 _URL = re.compile(r"https?://(?:C+|\(C*\)|\[C*\]|\{+C*\}+)+".replace("C", _URL_CHAR), re.IGNORECASE)
-# Categories of Unicode: spaces, and all punctuation but dashes and connectors
+# Categories of Unicode that end a URL in any script, because often no space follows it: spaces, and
+# all punctuation but dashes and connectors
 _ENDING_CATEGORIES = ("Cc", "Pe", "Pf", "Pi", "Po", "Ps", "Zl", "Zp", "Zs")
 
 
 def find_urls(text: str) -> list[str]:
-    """Return the http and https URLs in a text, without the punctuation after them.
-
-    Quotes, brackets and sentence marks of any script end a URL: often no space follows it.
-    """
+    """Return the http and https URLs in a text, without the punctuation after them."""
     text = re.sub(r"[^\x00-\x7f\w]", _separate, text)
     urls = [url.rstrip(".,:;!?*'") for url in _URL.findall(text)]
     return [url for url in urls if not url.endswith("://")]
@@ -1861,7 +1857,7 @@ def _collapse_spaces(text: str, before: str) -> str:
 
 
 def _find_target(attributes: str) -> list[str]:
-    """Return the target of a link, or nothing if it is left out."""
+    """Return the target of a link with these attributes, or nothing if it is left out."""
     found = _ATTRIBUTE.findall(attributes)
     href = next(("".join(values) for name, *values in found if name.lower() == "href"), "")
     target = _REFERENCE.sub(_decode_reference, href)

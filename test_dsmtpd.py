@@ -675,11 +675,7 @@ NOT_TERMINATORS = r"""
 
 def dot_stuffed(content: bytes, eol: bytes = b"\r\n") -> bytes:
     """Stuff the dots and append the terminator (RFC 5321 section 4.5.2)."""
-    return (
-        eol.join(b"." + line if line.startswith(b".") else line for line in content.split(eol))
-        + b"."
-        + eol
-    )
+    return re.sub(rb"(\A|%b)\." % eol, rb"\1..", content) + b"." + eol
 
 
 @pytest.mark.parametrize("content", CONTENTS, ids=range(len(CONTENTS)))
@@ -1138,9 +1134,7 @@ def test_page() -> None:
 
 
 def test_page_escapes_every_text(tmp_path: Path) -> None:
-    text = (
-        "</title></style></dd></textarea>--><!-- ]]><base href=x>$subject ${fields} {} {0} %s \\1"
-    )
+    text = "</title></style></dd></textarea>--><!-- ]]><base href=x>$subject ${fields} {0} %s \\1"
     text += """<script>alert(1)</script> "onclick="alert(1)" a='b' & &lt; </pre></iframe>\u202e"""
     message = page_message(text, f"<p>HTML</p>{text}")
     page = PageParser(message.as_html())
