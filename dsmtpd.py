@@ -1407,7 +1407,7 @@ class Envelope:
         It is the text as sent, except that folding is undone (RFC 5322 section 2.2.3) and
         encoded-words are decoded (RFC 2047).
         """
-        return decode_words(next(find_fields(header_section(self.content), name), ""))
+        return decode_words(first_field(header_section(self.content), name))
 
     @cached_property
     def subject(self) -> str:
@@ -1451,7 +1451,7 @@ class Envelope:
         """The parts other than text and html, in the order of the message."""
         shown = self._inline_parts("text/plain")[:1] + self._inline_parts("text/html")[:1]
         return [
-            Attachment(part.file_name, part.type, part.content, part.content_id)
+            Attachment(part.name, part.type, part.content, part.content_id)
             for part in self._parts
             if part not in shown
         ]
@@ -1477,63 +1477,37 @@ class Envelope:
         return render_page(self)
 
 
-@dataclass(eq=False)
 class _Part:
-    """A part of a message."""
+    """A part of a message: what its header says, and its body as sent."""
 
-    header: bytes
-    default_type: str  # the media type if there is no valid Content-Type
-    body: bytes = b""  # as sent
+    body = b""
 
-    def _field(self, name: str) -> str:
-        return next(find_fields(self.header, name), "")
-
-    @cached_property
-    def _parameters(self) -> dict[str, str]:
-        return parse_mime_parameters(self._field("Content-Type"))
-
-    @cached_property
-    def type(self) -> str:
-        """The media type in lower case."""
-        token = _first_token(self._field("Content-Type"))
-        return token if re.fullmatch("[^/]+/[^/]+", token) else self.default_type
-
-    @cached_property
-    def boundary(self) -> bytes:
-        """The boundary between the parts of a multipart; b"" for other types."""
-        boundary = decode_parameter(self._parameters, "boundary").rstrip().encode()
-        return boundary if self.type.startswith("multipart/") else b""
-
-    @cached_property
-    def file_name(self) -> str:
-        """The file name, or ""."""
-        disposition = parse_mime_parameters(self._field("Content-Disposition"))
-        name = decode_parameter(disposition, "filename")
-        return name or decode_parameter(self._parameters, "name")
-
-    @cached_property
-    def is_file(self) -> bool:
-        """Whether the part is a file rather than something to be shown with the message."""
-        disposition = _first_token(self._field("Content-Disposition"))
-        return disposition == "attachment" or self.file_name != ""
-
-    @property
-    def content_id(self) -> str:
-        """The Content-ID without angle brackets, or ""."""
-        return self._field("Content-ID").strip().removeprefix("<").removesuffix(">")
+    def __init__(self, content: bytes, start: int, default_type: str) -> None:
+        header_end, self.body_start = _find_body(content, start)
+        header = content[start:header_end]
+        content_type = first_field(header, "Content-Type")
+        disposition = first_field(header, "Content-Disposition")
+        media_type = _first_token(content_type)
+        self.type = media_type if re.fullmatch("[^/]+/[^/]+", media_type) else default_type
+        self.charset = mime_parameter(content_type, "charset")
+        boundary = mime_parameter(content_type, "boundary").rstrip().encode()
+        self.boundary = boundary if self.type.startswith("multipart/") else b""
+        self.name = mime_parameter(disposition, "filename") or mime_parameter(content_type, "name")
+        self.is_file = self.name != "" or _first_token(disposition) == "attachment"
+        self.content_id = first_field(header, "Content-ID").strip("<> \t")
+        self.encoding = _first_token(first_field(header, "Content-Transfer-Encoding"))
 
     @cached_property
     def content(self) -> bytes:
         """The body with its transfer encoding undone (RFC 2045 section 6)."""
-        encoding = _first_token(self._field("Content-Transfer-Encoding"))
-        if encoding == "base64":
+        if self.encoding == "base64":
             return _decode_base64(self.body)
-        return binascii.a2b_qp(self.body) if encoding == "quoted-printable" else self.body
+        return binascii.a2b_qp(self.body) if self.encoding == "quoted-printable" else self.body
 
     @cached_property
     def text(self) -> str:
         """The content as text; line ends are LF."""
-        text = decode_text(self.content, decode_parameter(self._parameters, "charset"))
+        text = decode_text(self.content, self.charset)
         return text.replace("\r\r\n", "\n").replace("\r\n", "\n")
 
     @cached_property
@@ -1542,49 +1516,37 @@ class _Part:
         return parse_html(self.text)
 
 
-# A line that may be a delimiter (RFC 2046 section 5.1.1)
+# A line that may be a delimiter (RFC 2046 section 5.1.1). One search finds those of all multiparts,
+# so the time does not grow with nesting.
 _DELIMITER = re.compile(rb"\n--([^\n]*)")
 
 
 def split_parts(content: bytes) -> Iterator[_Part]:
-    """Yield the parts that have no parts themselves, in their order (RFC 2046 section 5.1).
-
-    One search finds the delimiters of all multiparts, so the time does not grow with nesting.
-    """
+    """Yield the parts that have no parts themselves, in their order (RFC 2046 section 5.1)."""
     # {boundary of an open multipart: default type of its parts}, the innermost last
     types: dict[bytes, str] = {}
-    part: _Part | None
-    part, start = _open_part(content, 0, "text/plain", types)
+    part: _Part | None = _Part(content, 0, "text/plain")
     for line in _DELIMITER.finditer(content):
+        if part and part.boundary:
+            is_digest = part.type == "multipart/digest"
+            types.setdefault(part.boundary, "message/rfc822" if is_digest else "text/plain")
         text = line[1].rstrip()
         boundary = text if text in types else text.removesuffix(b"--")
         if boundary not in types:
             continue
         if part and part.boundary != boundary:  # what precedes the first delimiter is no part
-            part.body = content[start : line.start()].rstrip(b"\r")
+            part.body = content[part.body_start : line.start()].rstrip(b"\r")
             yield part
         while next(reversed(types)) != boundary:  # multiparts that are not closed
             types.popitem()
         if text == boundary:
-            part, start = _open_part(content, line.end() + 1, types[boundary], types)
+            part = _Part(content, line.end() + 1, types[boundary])
         else:
             part = None
             types.popitem()
     if part:
-        part.body = content[start:]
+        part.body = content[part.body_start :]
         yield part
-
-
-def _open_part(
-    content: bytes, start: int, default_type: str, types: dict[bytes, str]
-) -> tuple[_Part, int]:
-    """Return the part whose header begins at start, and where its body begins."""
-    end, body = _find_body(content, start)
-    part = _Part(content[start:end], default_type)
-    if part.boundary:
-        is_digest = part.type == "multipart/digest"
-        types.setdefault(part.boundary, "message/rfc822" if is_digest else "text/plain")
-    return part, body
 
 
 def readable_text(envelope: Envelope) -> str:
@@ -1597,42 +1559,37 @@ def readable_text(envelope: Envelope) -> str:
 
 # --- Header fields --------------------------------------------------------------------
 
-# The name of a field, or the start of the "From " line of an mbox file. No name begins with "--"
-# here, because such a line may be the delimiter of the next part.
-_FIELD_START = re.compile(rb"(?!--)[!-9;-~]+[ \t]*:|>?From ")
-# A line end before a line that is neither a field nor goes on with one, and that line if it is
-# empty. Programs that convert line ends twice send CR CR LF.
-_HEADER_END = re.compile(rb"\n(?!%b|[ \t])(?:\r*\n)?" % _FIELD_START.pattern)
+# The name of a field (RFC 5322 section 4.5), or the first line of an mbox file. A line that begins
+# with "--" may be a delimiter.
+_FIELD_START = rb"(?!--)[!-9;-~]+[ \t]*:|>?From "
+# The start of a line that is neither a field nor goes on with one, and that line if it is empty.
+# Programs that convert line ends twice send CR CR LF.
+_HEADER_END = re.compile(rb"(?m)^(?!%b|(?<=\n)[ \t])(?:\r*\n)?" % _FIELD_START)
 
 
 def header_section(content: bytes) -> bytes:
-    """Return the header fields at the start of the content.
-
-    White space before a colon is accepted, as RFC 5322 section 4.5 requires.
-    """
+    """Return the header fields at the start of the content."""
     return content[: _find_body(content, 0)[0]]
 
 
 def _find_body(content: bytes, start: int) -> tuple[int, int]:
     """Return where the header that begins at start ends, and where its body begins."""
-    if start == 0 and not _FIELD_START.match(content):  # no header, as in a text without a subject
-        empty_line = re.match(rb"\r*\n", content)
-        return 0, empty_line.end() if empty_line else 0
-    end = _HEADER_END.search(content, max(start - 1, 0))
-    return (end.start() + 1, end.end()) if end else (len(content), len(content))
-
-
-@lru_cache
-def _field_pattern(name: str) -> re.Pattern[bytes]:
-    return re.compile(rb"(?i)\n%b[ \t]*:([^\n]*(?:\n[ \t][^\n]*)*)" % re.escape(name.encode()))
+    end = _HEADER_END.search(content, start)
+    return end.span() if end else (len(content), len(content))
 
 
 def find_fields(header: bytes, name: str) -> Iterator[str]:
     """Yield the value of each header field with this name, unfolded, but not decoded."""
-    for match in _field_pattern(name).finditer(b"\n" + header):
+    field = rb"(?im)^%b[ \t]*:([^\n]*(?:\n[ \t][^\n]*)*)" % re.escape(name.encode())
+    for match in re.finditer(field, header):
         lines = match[1][:MAX_FIELD_SIZE].split(b"\n")
         value = b"".join(line.rstrip(b"\r") for line in lines)
         yield value.decode("utf-8", "replace").lstrip(" \t")
+
+
+def first_field(header: bytes, name: str) -> str:
+    """Return the value of the first header field with this name; "" if there is none."""
+    return next(find_fields(header, name), "")
 
 
 # encoded-word = "=?" charset ["*" language] "?" encoding "?" encoded-text "?="
@@ -1644,19 +1601,16 @@ _ADJACENT_WORDS = re.compile(rf"{_ENCODED_WORD}(?:[ \t]*{_ENCODED_WORD})*", re.I
 
 def decode_words(text: str) -> str:
     """Decode the encoded-words in the value of a header field (RFC 2047)."""
-    return _ADJACENT_WORDS.sub(_decode_adjacent, text) if "=?" in text else text
+    return _ADJACENT_WORDS.sub(_decode_adjacent, text)
 
 
 def _decode_adjacent(run: re.Match[str]) -> str:
-    """Decode adjacent encoded-words; those in an unknown charset stay as they are."""
-    texts = []
+    """Decode adjacent encoded-words, of which two with the same charset may share a character."""
     words = re.finditer(_ENCODED_WORD, run[0], re.IGNORECASE)
-    for charset, group in groupby(words, key=lambda word: word[1].lower()):
-        if find_codec(charset):  # joined first: two words may share a character
-            texts.append(decode_text(b"".join(map(_decode_word, group)), charset))
-        else:
-            texts.append(" ".join(word[0] for word in group))
-    return "".join(texts)
+    return "".join(
+        decode_text(b"".join(map(_decode_word, group)), charset)
+        for charset, group in groupby(words, key=lambda word: word[1].lower())
+    )
 
 
 def _decode_word(word: re.Match[str]) -> bytes:
@@ -1690,33 +1644,30 @@ def _first_token(value: str) -> str:
     return match[1].lower() if match else ""
 
 
-def parse_mime_parameters(value: str) -> dict[str, str]:
-    """Return the parameters of a field as {name in lower case: value}; name* becomes name*0*."""
-    parameters: dict[str, str] = {}
-    for name, quoted, unquoted in _PARAMETER.findall(value):
-        key = re.sub(r"^([^*]+)\*$", r"\1*0*", name.lower())
-        parameters.setdefault(key, re.sub(r'\\([\\"])', r"\1", quoted) or unquoted.strip())
-    return parameters
-
-
-def decode_parameter(parameters: Mapping[str, str], name: str) -> str:
-    """Return a decoded parameter; "" if there is none.
+def mime_parameter(value: str, name: str) -> str:
+    """Return a decoded parameter of a structured field; "" if there is none.
 
     Its pieces name*0, name*1* and so on (RFC 2231 sections 3 and 4) go before a plain value. A
     plain value may contain encoded-words, which RFC 2047 section 5 forbids.
     """
+    parameters: dict[str, str] = {}
+    for attribute, quoted, unquoted in _PARAMETER.findall(value):
+        key = attribute.lower()
+        if key == f"{name}*":
+            key = f"{name}*0*"  # the only piece
+        parameters.setdefault(key, re.sub(r'\\([\\"])', r"\1", quoted) or unquoted.strip())
     octets, charset = b"", ""
     for number in count():
         piece = f"{name}*{number}"
         if f"{piece}*" in parameters:
-            value = parameters[f"{piece}*"]
-            if number == 0 and value.count("'") >= 2:
-                charset, _language, value = value.split("'", 2)
-            octets += unquote_to_bytes(value)
+            octets += unquote_to_bytes(parameters[f"{piece}*"])
         elif piece in parameters:
             octets += parameters[piece].encode()
         else:
             break
+    if f"{name}*0*" in parameters and octets.count(b"'") >= 2:
+        label, _language, octets = octets.split(b"'", 2)
+        charset = label.decode("latin-1")
     return decode_words(decode_text(octets, charset) or parameters.get(name, ""))
 
 
@@ -1725,259 +1676,154 @@ def decode_parameter(parameters: Mapping[str, str], name: str) -> str:
 # {codec: the labels for which it is used, as Python names their codecs, or as sent where Python
 # knows none}. Most stand for supersets of Windows (WHATWG Encoding Standard section 4.2).
 _LABELS = {
-    "big5hkscs": "big5 cn-big5",
+    "big5hkscs": "big5",
     "cp1252": "ascii iso8859-1 iso88591",
-    "cp1254": "iso8859-9 iso88599",
-    "cp874": "iso8859-11 iso885911 tis-620 windows-874 dos-874",
+    "cp1254": "iso8859-9",
+    "cp874": "iso8859-11 tis-620 windows-874",
     "cp932": "shift_jis windows-31j",
-    "cp949": "euc_kr windows-949 ks_c_5601-1989 ksc_5601 iso-ir-149 cseuckr",
-    "gb18030": "gb2312 gbk gb_2312 gb_2312-80 csgb2312",
-    "iso2022_jp": "cp50220 cp50221",
-    "iso8859-6": "iso-8859-6-e iso-8859-6-i csiso88596e csiso88596i",
-    "iso8859-8": "iso-8859-8-e iso-8859-8-i csiso88598e csiso88598i logical visual",
-    "koi8-r": "koi koi8",
-    "koi8-u": "koi8-ru",
-    "mac-roman": "mac csmacintosh",
-    "utf-8-sig": "utf-8 unicode-1-1-utf-8",
-    "utf-16": "unicode ucs-2 csunicode iso-10646-ucs-2",
-    "": "idna punycode raw_unicode_escape unicode_escape",  # no charsets
+    "cp949": "euc_kr windows-949 ksc_5601",
+    "gb18030": "gb2312 gbk gb_2312-80",
+    "iso8859-8": "iso-8859-8-e iso-8859-8-i",
+    "utf-8-sig": "utf-8",
+    "": "punycode",  # no charset
 }
 _CODECS = {label: codec for codec, labels in _LABELS.items() for label in labels.split()}
 
 
 @lru_cache
 def find_codec(label: str) -> str:
-    """Return the codec for the label of a charset; "" if there is none."""
+    """Return the codec for the label of a charset, or for UTF-8 if there is no such charset."""
     label = _first_token(label).removeprefix("x-")
     with contextlib.suppress(LookupError, ValueError):
-        label = codecs.lookup(_CODECS.get(label, label)).name
-        return _CODECS.get(label, label)
-    return ""
+        name = codecs.lookup(_CODECS.get(label, label)).name
+        codec = _CODECS.get(name, name)
+        b"x".decode(codec, "replace")  # fails for codecs that are not for text
+        return codec
+    return "utf-8-sig"
 
 
 def decode_text(octets: bytes, label: str) -> str:
-    """Decode text in the charset with this label, or in UTF-8 if there is no such charset.
-
-    Each character that cannot be decoded becomes one U+FFFD.
-    """
-    codec = find_codec(label) or "utf-8-sig"
+    """Decode text in the charset with this label; what cannot be decoded becomes U+FFFD."""
+    codec = find_codec(label)
     if codec == "iso2022_jp":
-        octets, codec = _ISO_2022_JP.sub(_to_euc_jp, octets), "euc_jp"
-    errors = "dsmtpd.replace" if codec.startswith(("big5", "cp", "gb")) else "replace"
-    if codec == "euc_jp":
-        octets, codec, errors = _EUC_JP.sub(_to_shift_jis, octets), "cp932", "dsmtpd.replace-pair"
-    try:
-        text = octets.decode(codec, errors)
-    except (LookupError, ValueError):  # a codec that is not for text, or that fails
-        text = octets.decode("utf-8", "replace")
+        octets, codec = _ISO_2022_JP.sub(_segment_to_shift_jis, octets), "cp932"
+    elif codec == "euc_jp":
+        octets, codec = _EUC_JP.sub(_character_to_shift_jis, octets), "cp932"
+    text = octets.decode(codec, "replace")
     if codec == "cp932":
-        text = text.translate(_NO_SHIFT_JIS)
+        text = re.sub("[\uf8f0-\uf8f3]", "\ufffd", text)  # octets that Shift_JIS does not use
     return text.encode("utf-8", "replace").decode()  # UTF-7 can express surrogates
 
 
-def _replace_undecodable(error: UnicodeError) -> tuple[str, int]:
-    """Error handler that does what the decoders of the WHATWG Encoding Standard do."""
-    assert isinstance(error, UnicodeDecodeError)
-    first, end = error.object[error.start], error.end
-    if error.encoding == "charmap":
-        return chr(first) if first < 0xA0 else "\ufffd", end
-    if 0x80 < first < 0xFF and error.object[end : end + 1] >= b"\x80":
-        return "\ufffd", end + 1  # a double-byte charset, in which this octet belongs to it
-    return "\ufffd", end
-
-
-def _replace_pair(error: UnicodeError) -> tuple[str, int]:
-    """Error handler for what _to_shift_jis() returns, where only pairs cannot be decoded."""
-    assert isinstance(error, UnicodeDecodeError)
-    return "\ufffd", error.start + 2
-
-
-codecs.register_error("dsmtpd.replace", _replace_undecodable)
-codecs.register_error("dsmtpd.replace-pair", _replace_pair)
-
-# What cp932 makes of octets that Shift_JIS does not use
-_NO_SHIFT_JIS = dict.fromkeys(range(0xF8F0, 0xF8F4), "\ufffd")
-
-# Python's codecs for ISO-2022-JP and EUC-JP lack the characters of Windows. Its codec for Shift_JIS
-# has them, and the three encode the same table (WHATWG Encoding Standard sections 12 and 13).
+# Python's codecs for ISO-2022-JP and EUC-JP lack characters of Windows, such as those of NEC. Its
+# codec for Shift_JIS has them, and the three encode the same table of 94 rows with 94 cells.
 _ISO_2022_JP = re.compile(rb"\x1b(\([BIJ]|\$[@B])([^\x1b]*)")
-# Katakana, two octets, and what is not decoded: JIS X 0212 and invalid octets
-_EUC_JP = re.compile(
-    rb"\x8e([\xa1-\xdf])|([\xa1-\xfe]{2})|\x8f[\xa1-\xfe]{2}|[\x8e\xa1-\xfe][\x80-\xff]|[\x80-\xff]"
-)
-_SET_HIGH_BIT = bytes(octet | 0x80 if 0x21 <= octet <= 0x7E else octet for octet in range(256))
+_EUC_JP = re.compile(rb"([\xa1-\xfe])([\xa1-\xfe])|\x8e([\xa1-\xdf])|[\x80-\xff]")
+_SET_HIGH_BIT = bytes(octet | 0x80 if octet > 0x20 else octet for octet in range(256))
 
 
-def _to_euc_jp(segment: re.Match[bytes]) -> bytes:
-    """Return a segment of ISO-2022-JP, which begins with an escape sequence, as EUC-JP."""
-    charset, octets = segment.groups()
-    if charset in (b"(B", b"(J"):
+def _segment_to_shift_jis(segment: re.Match[bytes]) -> bytes:
+    """Return a segment of ISO-2022-JP, which begins with an escape sequence, as Shift_JIS."""
+    escape, octets = segment.groups()
+    if escape in (b"(B", b"(J"):
         return octets
-    octets = octets.translate(_SET_HIGH_BIT)
-    return re.sub(rb"[\xa1-\xdf]", b"\x8e\\g<0>", octets) if charset == b"(I" else octets
+    octets = octets.translate(_SET_HIGH_BIT)  # katakana, or the pairs of EUC-JP
+    return octets if escape == b"(I" else _EUC_JP.sub(_character_to_shift_jis, octets)
 
 
-def _to_shift_jis(character: re.Match[bytes]) -> bytes:
+def _character_to_shift_jis(character: re.Match[bytes]) -> bytes:
     """Return a character of EUC-JP as Shift_JIS."""
-    katakana, pair = character.groups()
-    if not pair:
+    first, second, katakana = character.groups()
+    if not first:
         return katakana or b"\xff"
-    row, cell = pair[0] - 0xA1, pair[1] - 0xA1
-    lead = row // 2 + (0x81 if row < 62 else 0xC1)
-    trail = cell + (0x9F if row % 2 else 0x40 if cell < 63 else 0x41)
-    return bytes([lead, trail])
+    lead, trail = divmod((first[0] - 0xA1) * 94 + second[0] - 0xA1, 188)
+    return bytes([lead + (0x81 if lead < 0x1F else 0xC1), trail + (0x40 if trail < 0x3F else 0x41)])
 
 
 # --- HTML and URLs --------------------------------------------------------------------
 
-_URL_START = re.compile(r"https?://", re.IGNORECASE)
-# The characters that may end a URL
-_URL_END = re.compile(r"[\x00-\x20<>\"`()\[\]{}\x7f]|[^\x00-\x7f]")
-# Categories of Unicode: separators, and all punctuation but dashes and connectors
+# A URL, in which brackets are balanced
+_URL_CHAR = r"[^\x00-\x20<>\"`()\[\]{}\x7f]"
+_URL = re.compile(r"https?://(?:C+|\(C*\)|\[C*\]|\{+C*\}+)+".replace("C", _URL_CHAR), re.IGNORECASE)
+# Categories of Unicode that end a URL in any script, because often no space follows it: spaces, and
+# all punctuation but dashes and connectors
 _ENDING_CATEGORIES = ("Cc", "Pe", "Pf", "Pi", "Po", "Ps", "Zl", "Zp", "Zs")
-_OPENING_BRACKETS = {")": "(", "]": "[", "}": "{"}
 
 
 def find_urls(text: str) -> list[str]:
     """Return the http and https URLs in a text, without the punctuation after them."""
-    urls = []
-    position = 0
-    while start := _URL_START.search(text, position):
-        position = _find_url_end(text, start.end())
-        urls.append(text[start.start() : position].rstrip(".,:;!?*'([{"))
+    text = re.sub(r"[^\x00-\x7f\w]", _separate, text)
+    urls = [url.rstrip(".,:;!?*'") for url in _URL.findall(text)]
     return [url for url in urls if not url.endswith("://")]
 
 
-def _find_url_end(text: str, position: int) -> int:
-    """Return where the URL ends that goes on at this position.
-
-    It contains only brackets that are balanced, and no quotes, brackets and sentence marks of
-    other scripts, by which it is often followed without a space.
-    """
-    opened: list[str] = []
-    for match in _URL_END.finditer(text, position):
-        char = match[0]
-        if char in "([{":
-            opened.append(char)
-        elif opened and _OPENING_BRACKETS.get(char) == opened[-1]:
-            opened.pop()
-        elif char.isascii() or unicodedata.category(char) in _ENDING_CATEGORIES:
-            return match.start()
-    return len(text)
+def _separate(char: re.Match[str]) -> str:
+    return " " if unicodedata.category(char[0]) in _ENDING_CATEGORIES else char[0]
 
 
-# A comment, an element whose content is not shown, or the start of a tag
+# A comment, an element whose content is not shown, a tag, or text. Quotes count only after "="
+# (HTML standard section 13.2.5).
 _MARKUP = re.compile(
     r"<!--(?:-?>|.*?(?:--!?>|\Z))"
     r"|<[!?][^>]*>?"
     r"|<(script|style|title)\b.*?(?:</\1[^>]*>|\Z)"
-    r"|<(?P<name>/?[a-z][^\s/>]*)",
+    r"""|<(/?[a-z][^\s/>]*)((?:[^=>]+|=+\s*(?:"[^"]*"|'[^']*')?){,9999})>?"""
+    r"|(<?[^<]+|<+(?=<|\Z))",
     re.IGNORECASE | re.DOTALL,
 )
-# An attribute, or the end of a tag. Quotes count only after "=" (HTML standard section 13.2.5).
-_ATTRIBUTE = re.compile(
-    r"""(?P<name>[^\s/>=]+)(?:\s*=\s*(?P<value>"[^"]*"|'[^']*'|[^\s>"'][^\s>]*))?|>"""
-)
+_ATTRIBUTE = re.compile(r"""([^\s/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|(\S+)))?""")
 # Elements that begin and end a line
 _BLOCKS = set(
-    """address article aside blockquote body br caption center dd details dialog div dl dt fieldset
-    figcaption figure footer form h1 h2 h3 h4 h5 h6 header hgroup hr legend li main menu nav ol
-    optgroup option p pre search section summary table tbody tfoot thead tr ul""".split()
+    """address article aside blockquote body br caption center dd details div dl dt fieldset
+    figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr legend li main nav ol option p pre
+    section summary table tbody tfoot thead tr ul""".split()
 )
 
 
 def parse_html(document: str) -> tuple[str, list[str]]:
-    """Return the text of an HTML document, and the links in it.
-
-    The text is roughly what a browser shows. The target of a link follows the text of the link in
-    angle brackets, unless that contains it.
-    """
-    writer = _TextWriter()
-    position = 0
-    while markup := _MARKUP.search(document, position):
-        writer.add_text(document[position : markup.start()])
-        position = markup.end()
-        if markup["name"]:
-            position, href = _read_attributes(document, position)
-            writer.add_tag(markup["name"].lower(), href)
-    writer.add_text(document[position:])
-    return writer.text(), writer.links
-
-
-def _read_attributes(document: str, position: int) -> tuple[int, str]:
-    """Return where a tag ends whose attributes begin at position, and its first href, or ""."""
-    hrefs: list[str] = []
-    for attribute in _ATTRIBUTE.finditer(document, position):
-        if attribute["name"] is None:
-            return attribute.end(), "".join(hrefs[:1])
-        if attribute["name"].lower() == "href":
-            value = attribute["value"] or ""
-            hrefs.append(value[1:-1] if value.startswith(('"', "'")) else value)
-    return len(document), ""
+    """Return the text of an HTML document, roughly as a browser shows it, and the links in it."""
+    links: list[str] = []
+    fragments = ["\n"]  # none is empty
+    is_preformatted = False
+    for markup in _MARKUP.finditer(document):
+        _hidden, name, attributes, source = markup.groups("")
+        tag = name.lower()
+        if source:
+            text = _REFERENCE.sub(_decode_reference, source)
+            links += find_urls(text)
+            if not is_preformatted:
+                text = _collapse_spaces(text, fragments[-1])
+            if text:
+                fragments.append(text)
+        elif tag in ("a", "area"):
+            links += _find_target(attributes)
+        elif tag in ("td", "th") and not fragments[-1].endswith("\n"):
+            fragments.append("  ")
+        elif tag.removeprefix("/") in _BLOCKS:
+            fragments.append("\n")
+        if tag in ("pre", "/pre"):
+            is_preformatted = tag == "pre"
+    lines = [line.rstrip() for line in "".join(fragments).split("\n")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n"), links
 
 
-class _TextWriter:
-    """Makes text of the tags and the text of an HTML document."""
-
-    def __init__(self) -> None:
-        self.links: list[str] = []
-        self._fragments = ["\n"]  # none is empty
-        self._link = ""  # the target of the link whose text is being added
-        self._link_start = 0  # the index of the first fragment of that text
-        self._is_preformatted = False
-
-    def add_text(self, source: str) -> None:
-        if not source:
-            return
-        text = _unescape(source)
-        self.links += find_urls(text)
-        if not self._is_preformatted:
-            text = re.sub(r"[ \t\n\f\r]+", " ", text)
-            if self._fragments[-1][-1] in " \n":
-                text = text.removeprefix(" ")
-        if text:
-            self._fragments.append(text)
-
-    def add_tag(self, name: str, href: str) -> None:
-        element = name.removeprefix("/")
-        if name in ("a", "area"):
-            self._start_link(href)
-        elif name == "/a":
-            self._end_link()
-        elif name in ("td", "th") and self._fragments[-1][-1] != "\n":
-            self._fragments.append(" " if self._fragments[-1][-1] == " " else "  ")
-        elif element in _BLOCKS:
-            self._fragments.append("\n")
-        if element == "pre":
-            self._is_preformatted = name == "pre"
-
-    def _start_link(self, href: str) -> None:
-        target = _REFERENCE.sub(_decode_reference, href)
-        self._link = re.sub(r"[\t\n\r]", "", target).strip()  # as the URL standard, section 4.4
-        if re.match("#|mailto:|tel:|javascript:|$", self._link, re.IGNORECASE):
-            self._link = ""
-        else:
-            self.links.append(self._link)
-        self._link_start = len(self._fragments)
-
-    def _end_link(self) -> None:
-        if self._link and self._link not in "".join(self._fragments[self._link_start :]):
-            self._fragments.append(f" <{self._link}>")
-        self._link = ""
-
-    def text(self) -> str:
-        """Return the text of what has been added."""
-        lines = [line.rstrip() for line in "".join(self._fragments).split("\n")]
-        return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+def _collapse_spaces(text: str, before: str) -> str:
+    text = re.sub(r"[ \t\n\f\r]+", " ", text)
+    return text.removeprefix(" ") if before.endswith((" ", "\n")) else text
 
 
-def _unescape(text: str) -> str:
-    """Decode the character references of HTML, but drop those that html.unescape() refuses."""
-    return html.unescape(re.sub(r"&#[0-9]{50,};?", "", text)) if "&" in text else text
+def _find_target(attributes: str) -> list[str]:
+    """Return the target of a link with these attributes, or nothing if it is left out."""
+    found = _ATTRIBUTE.findall(attributes)
+    href = next(("".join(values) for name, *values in found if name.lower() == "href"), "")
+    target = _REFERENCE.sub(_decode_reference, href)
+    target = re.sub(r"[\t\n\r]", "", target).strip()  # URL standard section 4.4
+    is_left_out = re.match("#|mailto:|tel:|javascript:|$", target, re.IGNORECASE)
+    return [] if is_left_out else [target]
 
 
-# A reference in an attribute. A name without a semicolon before "=" or a letter or digit is text
-# (HTML standard section 13.2.5.73), such as "&currency=" in a URL.
+# A character reference. A name without a semicolon before "=" or a letter or digit is text (HTML
+# standard section 13.2.5.73), such as "&currency=" in a URL. int() raises for thousands of digits.
 _REFERENCE = re.compile(
     r"&(#[0-9]{1,50};?|#[xX][0-9a-fA-F]+;?|[a-zA-Z][a-zA-Z0-9]*(?:;|(?![=a-zA-Z0-9])))"
 )
@@ -3093,8 +2939,8 @@ def make_tls_context(
         reason = str(error)
         if isinstance(error, ssl.SSLError):
             reason = (error.reason or "PEM").replace("_", " ").lower()
-        if "pem" in reason:
-            reason = "not a certificate and its private key in PEM format"
+            if "pem" in reason:
+                reason = "not a certificate and its private key in PEM format"
             if key is None:
                 reason += "; --key names the file of the key"
         files = f"{os.fspath(cert)} with key {os.fspath(key or cert)}"

@@ -532,25 +532,23 @@ def test_content_without_smtputf8(body: str, content: str, expected: str) -> Non
 # --- Content ------------------------------------------------------------------------------
 
 CONTENTS = [
-    *[b"", b"\r\n", b".\r\n", b"..\r\n.\r\n...\r\n", b"no line end\r\n", b"\x00\xff\x80\r\n"],
-    *[b"bare \r and \n and \r\r\n\n\r\n", b"a\r\n\r\n\r\nb\r\n", b"\r\r\r\n.\n.\r.\r\n"],
-    *[b"x" * 1_000_000 + b"\r\n", bytes(range(256)) * 40 + b"\r\n"],
+    b"",
+    b"\r\n",
+    b".\r\n",
+    b"..\r\n.\r\n...\r\n\r\n\r\nbare \r and \n and \r\r\n\n\r\n\r\r\r\n.\n.\r.\r\n",
+    b"x" * 1_000_000 + b"\r\n",
+    bytes(range(256)) * 40 + b"\r\n",
 ]
 # Sequences that some servers accept as the end of the content (SMTP smuggling).
-NOT_TERMINATORS = [
-    *[b"\n.\n", b"\n.\r\n", b"\r.\r", b"\r.\r\n", b"\r\n.\r", b"\r\n.\n", b"\n.\r", b"\r.\n"],
-    *[b"\r\n\x00.\r\n", b"\r\n.\x00\r\n", b"\r\n.\r\r\n", b"\r\n.\n\r\n", b"\r\r\n.\r\r\n"],
-    b"\r\n. \r\n",
-]
+NOT_TERMINATORS = r"""
+    \n.\n \n.\r\n \r.\r \r.\r\n \r\n.\r \r\n.\n \n.\r \r.\n
+    \r\n\0.\r\n \r\n.\0\r\n \r\n.\r\r\n \r\n.\n\r\n \r\r\n.\r\r\n \r\n.\x20\r\n
+""".split()
 
 
 def dot_stuffed(content: bytes, eol: bytes = b"\r\n") -> bytes:
     """Stuff the dots and append the terminator (RFC 5321 section 4.5.2)."""
-    return (
-        eol.join(b"." + line if line.startswith(b".") else line for line in content.split(eol))
-        + b"."
-        + eol
-    )
+    return re.sub(rb"(\A|%b)\." % eol, rb"\1..", content) + b"." + eol
 
 
 @pytest.mark.parametrize("content", CONTENTS, ids=range(len(CONTENTS)))
@@ -565,8 +563,8 @@ def test_content_is_unchanged(content: bytes) -> None:
 
 
 @pytest.mark.parametrize("text", NOT_TERMINATORS)
-def test_other_sequences_do_not_end_content(text: bytes) -> None:
-    data = b"one" + text + b"MAIL FROM:<smuggled@x>\r\n"
+def test_other_sequences_do_not_end_content(text: str) -> None:
+    data = b"one" + text.encode().decode("unicode_escape").encode() + b"MAIL FROM:<smuggled@x>\r\n"
     for size in (1, len(data)):
         client = client_with_recipient()
         client.codes("DATA")
@@ -606,24 +604,18 @@ SUBJECTS = {
     b"X: y\r\r\nSubject: a\r\r\n b\r\r\n\r\r\nText\r\r\n": "a b",
     b"From a@b Sat Nov 21\r\nSubject: mbox\r\n\r\n": "mbox",
     b"No field\r\nSubject: in the body\r\n": "",
-    b"X: y\r\n Subject: folded\r\n\r\n": "",
-    b"X: y\r\n\r\nSubject: in the body\r\n": "",
+    b"X: y\r\n Subject: folded\r\n\r\nSubject: in the body\r\n": "",
     b"\r\nSubject: in the body\r\n": "",
     b"X: a\rb\nSubject: bare\n\n": "bare",
     b"Subject: =?utf-8?q?h=C3=A9?= =?iso-8859-1?q?_=E9?=\r\n": "h\u00e9 \u00e9",
-    "Subject: h\u00e9\r\n".encode(): "h\u00e9",
-    b"Subject: \xff\r\n": "\ufffd",
-    "Subject: h\u20ac=?utf-8?q?=E2=82=AC?= b\r\n".encode(): "h\u20ac\u20ac b",
-    b"Subject: =?nothing?q?a?=\r\n": "=?nothing?q?a?=",
+    b"Subject: h\xe2\x82\xac=?utf-8?q?=E2=82=AC?= b\xff\r\n": "h\u20ac\u20ac b\ufffd",
+    b"Subject: =?nothing?q?a?= =?nothing?b?w6k?=\r\n": "aé",
     b"Subject: =?utf-8?b?a?=\r\n": "",
     b"Subject: =?utf-7?q?+2AA-?=\r\n": "?",
     b"Subject: =?utf-8?q?a=0D=0Ab?=\r\n": "a\r\nb",
     b"Subject: =?UTF-8?Q?_=C2=A0a__b=E3=80=80?=\r\n\t=?utf-8?b?w6kg?=\r\n": " \xa0a  b\u3000é ",
     b"Subject: =?utf-8?q?M=C3?= =?UTF-8?q?=BCnchen?= =?us-ascii?q?er?= x\r\n": "Münchener x",
     b"Subject: (=?utf-8*de?q?a b?==?latin1?b?6Q?=)\r\n": "(a b\xe9)",
-    b"Subject: =?nothing?q?a?= =?nothing?q?b?=\r\n": "=?nothing?q?a?= =?nothing?q?b?=",
-    b"Subject: =?euc-jp?b?raIgjrE?= =?utf-8?q?=E2=82=C3=A9?=\r\n": "② ｱ\ufffdé",
-    b"Subject": "",
     b"": "",
 }
 
@@ -642,33 +634,32 @@ def mime(*lines: str) -> Envelope:
 
 
 def test_decoded_parts() -> None:
-    message = envelope(content=HTML_MESSAGE.as_bytes(policy=email.policy.SMTP))
-    assert message.text == ""
-    assert message.html.startswith("<html><head>")
-    assert message.links == ["https://example.com/verify?a=1&b=2"]
-    assert message.attachments == [dsmtpd.Attachment("für.pdf", "application/pdf", b"%PDF")]
     both = email.message.EmailMessage()
     both.set_content("Grüße\n", charset="iso-8859-15", cte="quoted-printable")
     both.add_alternative("<p>Grüße</p>", subtype="html", cte="base64")
     both.add_attachment("a text file", filename="notes.txt")
     both.add_attachment(HTML_MESSAGE)
     message = envelope(content=both.as_bytes(policy=email.policy.SMTP))
-    assert message.text == "Grüße\n"
-    assert message.html == "<p>Grüße</p>\n"
-    assert [(item.name, item.type) for item in message.attachments] == [
-        ("notes.txt", "text/plain"),
-        ("", "message/rfc822"),
+    assert (message.text, message.html) == ("Grüße\n", "<p>Grüße</p>\n")
+    attached = HTML_MESSAGE.as_bytes(policy=email.policy.SMTP)
+    assert message.attachments == [
+        dsmtpd.Attachment("notes.txt", "text/plain", b"a text file\r\n"),
+        dsmtpd.Attachment("", "message/rfc822", attached),
     ]
-    assert message.attachments[0].content == b"a text file\r\n"
-    assert message.attachments[1].content == HTML_MESSAGE.as_bytes(policy=email.policy.SMTP)
+    message = envelope(content=attached)
+    assert (message.text, message.links) == ("", ["https://example.com/verify?a=1&b=2"])
+    assert message.attachments == [dsmtpd.Attachment("für.pdf", "application/pdf", b"%PDF")]
 
 
 # Lines; "|" is a line end. Then the text, the HTML, and the attachments: name, type and content.
 STRUCTURES: list[tuple[str, str, str, list[tuple[str, str, bytes]]]] = [
     ("Subject: x||Text", "Text", "", []),
-    ("Text| more", "Text\n more", "", []),
     (" Text", " Text", "", []),
     ("|Text", "Text", "", []),
+    *((f"Content-Type: text/plain; charset={x}||ü", "ü", "", []) for x in ("x", "idna", "rot13")),
+    ("Content-Type: text/plain; charset = 'UTF8' (a comment)||ü", "ü", "", []),
+    ("Content-Type: text/plain; charset*=utf-8''koi8-r||ü", "ц╪", "", []),
+    ("Content-Transfer-Encoding: no-such-encoding|Content-Type: no type at all||ü", "ü", "", []),
     ("Content-Type : text/html|X-Y\t: z||<p>", "", "<p>", []),
     ("Content-Type: application/json||{}", "", "", [("", "application/json", b"{}")]),
     (
@@ -726,9 +717,7 @@ def test_double_line_ends() -> None:
 
 # Parameters of Content-Disposition, or a field with others, and the name of the file
 FILE_NAMES = [
-    ("filename=a.pdf", "a.pdf"),
     ('FileName = "a  b\\"c;d\\\\.pdf" ; size=1', 'a  b"c;d\\.pdf'),
-    ('filename="C:\\dir\\a.pdf"', "C:\\dir\\a.pdf"),
     ("filename=two words (1).pdf; size=1", "two words (1).pdf"),
     ("filename=it's.pdf", "it's.pdf"),
     ("filename==?iso-8859-1?q?=E4=F6_?= =?utf-8?b?w7wucGRm?=;", "äö ü.pdf"),
@@ -752,24 +741,6 @@ def test_file_names(parameters: str, name: str) -> None:
     assert [(item.name, item.content_id) for item in message.attachments] == [(name, "i@d")]
 
 
-@pytest.mark.parametrize(
-    ("header", "text"),
-    [
-        ("Content-Type: text/plain; charset=no-such-charset", "Grüße"),
-        ("Content-Type: text/plain; charset=punycode", "Grüße"),
-        ("Content-Type: text/plain; charset=rot13", "Grüße"),
-        ("Content-Type: text/plain; charset=latin1", "GrÃ¼ÃŸe"),
-        ("Content-Type: text/plain; charset = 'UTF8' (a comment)", "Grüße"),
-        ("Content-Type: text/plain; charset*=utf-8''koi8-r", "Grц╪ц÷e"),
-        ("Content-Transfer-Encoding: no-such-encoding", "Grüße"),
-        ("Content-Type: no type at all", "Grüße"),
-        ("X: y", "Grüße"),
-    ],
-)
-def test_text_of_odd_messages(header: str, text: str) -> None:
-    assert mime(header, "", "Grüße").text == text
-
-
 @pytest.mark.parametrize("field", ["BASE64 ", "base64;x", "(a) base64\t(b)", '\r\n "base64"'])
 def test_transfer_encodings(field: str) -> None:
     for body in ("SMO2", "S MO2=", "SA==w7Y", "!SMO2A"):
@@ -777,34 +748,21 @@ def test_transfer_encodings(field: str) -> None:
     assert mime("Content-Transfer-Encoding: Quoted-Printable;", "", "=\r\nH=c3=B6=").text == "Hö"
 
 
-# Labels of a charset, octets, and the text that browsers make of them
+# Labels of a charset, octets, and their text
 CHARSETS = [
-    ("us-ascii ISO-8859-1 latin1 windows-1252 x-cp1252", b"\x80\x93\x81\xe4", "€“\x81ä"),
+    ("us-ascii ISO-8859-1 latin1 windows-1252 x-cp1252", b"\x80\x93\x81\xe4", "€“\ufffdä"),
     ("iso-8859-9 windows-1254 latin5", b"\x80\xfe", "€ş"),
     ("iso-8859-11 tis-620 windows-874", b"\x85\xa1\xff", "…ก\ufffd"),
-    ("iso-8859-8-i iso-8859-8-e logical", b"\xf9", "ש"),
+    ("iso-8859-8-i iso-8859-8-e", b"\xf9", "ש"),
     ("windows-1253", b"\xaaa", "\ufffda"),
-    (
-        "gb2312 gbk x-gbk gb_2312-80 gb18030",
-        b"\xa2\xa1 \x87a \xff\x81\xffa",
-        "\u2170 嘺 \ufffd\ufffda",
-    ),
-    ("big5 big5-hkscs cn-big5", b"\xa4\xa4\xf9\xd6\x81\xfe", "中碁\ufffd"),
-    (
-        "shift_jis ms_kanji x-sjis windows-31j",
-        b"\x87@\x81`\xfa\xb1\x81\xfda\xff",
-        "①\uff5e﨑\ufffda\ufffd",
-    ),
-    ("euc-kr ks_c_5601-1987 korean windows-949", b"\x8cc\xff\xc9\xa1a", "똠\ufffd\ufffda"),
+    ("gb2312 gbk x-gbk gb_2312-80 gb18030", b"\xa2\xa1 \x87a \xffa\x81", "\u2170 嘺 \ufffda\ufffd"),
+    ("big5 big5-hkscs", b"\xa4\xa4\xf9\xd6\xffa", "中碁\ufffda"),
+    ("shift_jis ms_kanji x-sjis windows-31j", b"\x87@\x81`\xfa\xb1\xffa", "①\uff5e﨑\ufffda"),
+    ("euc-kr ks_c_5601-1987 korean windows-949", b"\x8cc\xffa", "똠\ufffda"),
     ("euc-jp x-euc-jp", b"\xad\xa1\xa1\xc1\xf9\xb5\x8e\xb1\xffa\xa4", "①\uff5e侊ｱ\ufffda\ufffd"),
-    (
-        "iso-2022-jp cp50221",
-        b"a\x1b$B-!!A|bL\n)!\x1b(B\xffb\x1b(I1\x1b(Jc",
-        "a①\uff5e髙\ufffd\n\ufffd\ufffdbｱc",
-    ),
-    ("utf-8 unicode-1-1-utf-8", b"\xef\xbb\xbfa\xe2\x82b\xf0\x9f\x98\xc3\xa4", "a\ufffdb\ufffdä"),
-    ("utf-16 unicode", b"\xff\xfea\0\xac ", "a€"),
-    ("koi8-r koi8", b"\xc1", "\u0430"),
+    ("iso-2022-jp", b"a\x1b$B-!!A|bL\n\x1b(B\xffb\x1b(I1\x1b(Jc", "a①\uff5e髙\ufffd\n\ufffdbｱc"),
+    ("utf-8", b"\xef\xbb\xbfa\xe2\x82b\xf0\x9f\x98\xc3\xa4", "a\ufffdb\ufffdä"),
+    ("utf-16", b"\xff\xfea\0\xac ", "a€"),
 ]
 
 
@@ -818,78 +776,71 @@ def test_charsets(labels: str, octets: bytes, text: str) -> None:
         assert envelope(content=subject).subject == text
 
 
-@pytest.mark.parametrize(
-    ("text", "urls"),
-    [
-        ("See https://a.test/x?y=1&z=2, please.", ["https://a.test/x?y=1&z=2"]),
-        ("(http://a.test/b) <https://c.test>", ["http://a.test/b", "https://c.test"]),
-        ("https://a.test/wiki/A_(b)", ["https://a.test/wiki/A_(b)"]),
-        ("https://a.test! https://b.test https://a.test", ["https://a.test", "https://b.test"]),
-        ("ftp://a.test mailto:a@b.test www.a.test https:// https://.", []),
-        ("HTTPS://A.test/\u00fc.", ["HTTPS://A.test/\u00fc"]),
-        ("(https://a.test/(b)(c))d", ["https://a.test/(b)(c)"]),
-        ("[a](https://a.test/b) {https://[::1]/}", ["https://a.test/b", "https://[::1]/"]),
-        ("'https://a.test/it's' `https://b.test`", ["https://a.test/it's", "https://b.test"]),
-        ("„https://a.test“\u2039https://b.test\u203a", ["https://a.test", "https://b.test"]),
-        ("\uff08https://a.test\uff09『https://b.test』", ["https://a.test", "https://b.test"]),
-        ("https://a.test、https://b.test\uff01", ["https://a.test", "https://b.test"]),
-        ("https://a.test؟ https://b.test।", ["https://a.test", "https://b.test"]),
-        (
-            "https://a.test/x\u2013y https://a.test\xa0b",
-            ["https://a.test/x\u2013y", "https://a.test"],
-        ),
-    ],
-)
-def test_links_in_text(text: str, urls: list[str]) -> None:
-    assert mime("Subject: Hi", "", text).links == urls
+# Text, and the URLs in it
+URLS = [
+    ("See https://a.test/x?y=1&z=2, please.", "https://a.test/x?y=1&z=2"),
+    ("(http://a.test/b) <https://c.test>", "http://a.test/b https://c.test"),
+    ("https://a.test! https://b.test https://a.test", "https://a.test https://b.test"),
+    ("ftp://a.test mailto:a@b.test www.a.test https:// https://.", ""),
+    ("HTTPS://A.test/\u00fc.", "HTTPS://A.test/\u00fc"),
+    (
+        "https://a.test/wiki/A_(b) (https://a.test/(b)(c))d",
+        "https://a.test/wiki/A_(b) https://a.test/(b)(c)",
+    ),
+    ("[a](https://a.test/b) {https://[::1]/{{c}}}", "https://a.test/b https://[::1]/{{c}}}"),
+    ("'https://a.test/it's' `https://b.test`", "https://a.test/it's https://b.test"),
+    ("„https://a.test“\u2039https://b.test\u203a", "https://a.test https://b.test"),
+    ("\uff08https://a.test\uff09『https://b.test』", "https://a.test https://b.test"),
+    ("https://a.test、https://b.test\uff01", "https://a.test https://b.test"),
+    ("https://a.test؟ https://b.test।", "https://a.test https://b.test"),
+    ("https://a.test/x\u2013y https://a.test\xa0b", "https://a.test/x\u2013y https://a.test"),
+]
 
 
-@pytest.mark.parametrize(
-    ("document", "text", "urls"),
-    [
-        ("<p>a<p>b<br>c</p>", "a\nb\nc", []),
-        ("a &lt;b&gt; &amp;&nbsp;c 1 < 2", "a <b> &\xa0c 1 < 2", []),
-        ("<!-- <a href='x://y'> --><!--><b>x</b", "x", []),
-        ("<title>t</title><script>var a = '<p>';</script >x<![if mso]><?y?>", "x", []),
-        (
-            '<a href="https://a.test/?b&amp;c">b</a>',
-            "b <https://a.test/?b&c>",
-            ["https://a.test/?b&c"],
-        ),
-        ("<A HREF=app://open>b</A>", "b <app://open>", ["app://open"]),
-        ("<a href='mailto:a@b'>b</a> <a href=#c>c</a>", "b c", []),
-        ("<a href=TEL:1>b</a><a href=' java&#10;script:c'>c</a><a href>d</a>", "bcd", []),
-        (
-            "<a href='https://a.test'><b>https://a.test</b></a>",
-            "https://a.test",
-            ["https://a.test"],
-        ),
-        (
-            "<a href='/b?c=1'>b</a> <a href='{{ url }}'>c</a>",
-            "b </b?c=1> c <{{ url }}>",
-            ["/b?c=1", "{{ url }}"],
-        ),
-        (
-            "<a href='?a&lt=1&notify&not&para;&#38;&#x26;&sect'>b</a>",
-            "b <?a&lt=1&notify¬¶&&§>",
-            ["?a&lt=1&notify¬¶&&§"],
-        ),
-        ("<a title='href=a>'href = b href=c>d</a>", "d <b>", ["b"]),
-        ("<a data-href=a\nhref=' b\r\nc '>d</a><area href=e>", "d <bc>", ["bc", "e"]),
-        ("<a href=/it's>b</a> isn't", "b </it's> isn't", ["/it's"]),
-        ("<a href=\"?a='b'\">c</a>", "c <?a='b'>", ["?a='b'"]),
-        ("<img alt='a>b'>x<ul><li>1<li>2</ul>", "x\n\n1\n2", []),
-        ("<tr>\n<td>a</td> <td>b<th>c</tr><tr><td>d", "a  b  c\n\nd", []),
-        ("a<form>b</form><h4>c</h4>d<dl><dt>e<dd>f</dl>g", "a\nb\n\nc\nd\n\ne\nf\ng", []),
-        ("<b>a </b> b\n<pre>\n  c\n d  e</pre> <i> f</i>", "a b\n\n  c\n d  e\nf", []),
-        ("a\u3000 \xa0b", "a\u3000 \xa0b", []),
-        (f"a&#{'9' * 5000};b&#{'0' * 5000}65;", "ab", []),
-    ],
-)
-def test_parse_html(document: str, text: str, urls: list[str]) -> None:
-    found_text, found_urls = dsmtpd.parse_html(document)
-    assert found_text == text
-    assert list(dict.fromkeys(found_urls)) == urls
+@pytest.mark.parametrize(("text", "urls"), URLS)
+def test_links_in_text(text: str, urls: str) -> None:
+    assert mime("Subject: Hi", "", text).links == urls.split()
+
+
+# HTML, and its text
+HTML_TEXTS = [
+    ("<p>a<p>b<br>c</p>", "a\nb\nc"),
+    ("a &lt;b&gt; &amp;&nbsp;c&#x1; 1 < 2", "a <b> &\xa0c 1 < 2"),
+    ("<!-- <a href='x://y'> --><!--><b>x</b", "x"),
+    ("<title>t</title><script>var a = '<p>';</script >x<![if mso]><?y?>", "x"),
+    ("<img alt='a>b'>x<ul><li>1<li>2</ul>", "x\n\n1\n2"),
+    ("<tr>\n<td>a</td><td>b<th>c</tr><tr><td>d", "a  b  c\n\nd"),
+    ("a<form>b</form><h4>c</h4>d<dl><dt>e<dd>f</dl>g", "a\nb\n\nc\nd\n\ne\nf\ng"),
+    ("<b>a </b> b\n<pre>\n  c\n d  e</pre> <i> f</i>", "a b\n\n  c\n d  e\nf"),
+    ("a\u3000 \xa0b <a href=/it's>isn't</a>", "a\u3000 \xa0b isn't"),
+    (f"a&#{'9' * 5000};b", f"a\ufffd{'9' * 4950};b"),
+]
+
+
+@pytest.mark.parametrize(("document", "text"), HTML_TEXTS)
+def test_text_of_html(document: str, text: str) -> None:
+    assert dsmtpd.parse_html(document)[0] == text
+
+
+# HTML, and the targets of its links
+TARGETS = [
+    (
+        '<a href="https://a.test/?b&amp;c">https://a.test/</a>',
+        ["https://a.test/?b&c", "https://a.test/"],
+    ),
+    ("<A HREF=app://open>", ["app://open"]),
+    ("<a href='mailto:a@b'><a href=#c><a href=TEL:1><a href=' java&#10;script:c'><a href><a>", []),
+    ("<a href='/b?c=1'><a href='{{ url }}'><area href=d>", ["/b?c=1", "{{ url }}", "d"]),
+    ("<a href='?a&lt=1&notify&not&para;&#38;&#x26;&sect'>", ["?a&lt=1&notify¬¶&&§"]),
+    ("<a title='href=a>'href = b href=c>", ["b"]),
+    ("<a data-href=a\nhref=' b\r\nc '>", ["bc"]),
+    ("<a href=/it's><a href=\"?a='b'\">", ["/it's", "?a='b'"]),
+]
+
+
+@pytest.mark.parametrize(("document", "urls"), TARGETS)
+def test_links_in_html(document: str, urls: list[str]) -> None:
+    assert mime("Content-Type: text/html", "", document).links == urls
 
 
 def test_link() -> None:
@@ -934,32 +885,33 @@ CHROMIUM = shutil.which("google-chrome") or shutil.which("chromium") or ""
 def page_message(text: str = "Text", document: str = "<p>HTML</p>") -> Envelope:
     """Return a message with the text in every place of a page, an image and an attachment."""
     name = urllib.parse.quote(f"file {text}.svg", "")
-    message = mime(
-        f"Subject: {text}",
-        f"From: {text}",
-        f"Date: {text}",
-        "Content-Type: multipart/mixed; boundary=X",
-        "",
-        "--X",
-        "",
-        text,
-        "--X",
-        "Content-Type: text/html",
-        "",
-        document,
-        "--X",
-        "Content-Type: image/png",
-        "Content-ID: <logo+1@x>",
-        "Content-Transfer-Encoding: base64",
-        "",
-        PNG,
-        "--X",
-        "Content-Type: image/svg+xml",
-        f"Content-Disposition: attachment; filename*=utf-8''{name}",
-        "",
-        "<svg/>",
-        "--X--",
-    )
+    lines = f"""\
+Subject: {text}
+From: {text}
+Date: {text}
+Content-Type: multipart/mixed; boundary=X
+
+--X
+
+{text}
+--X
+Content-Type: text/html
+
+{document}
+--X
+Content-Type: image/png
+Content-ID: <logo+1@x>
+Content-Transfer-Encoding: base64
+
+{PNG}
+--X
+Content-Type: image/svg+xml
+Content-Disposition: attachment; filename*=utf-8''{name}
+
+<svg/>
+--X--
+"""
+    message = mime(*lines.splitlines())
     return dataclasses.replace(message, mail_from=text, rcpt_tos=[text, text], warnings=[text])
 
 
@@ -1039,20 +991,9 @@ def test_page() -> None:
     assert page.texts("a") == ["unnamed", "file Grüße.svg"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<script>alert(1)</script>",
-        "</title></style><img src=x onerror=alert(1)>",
-        '"onclick="alert(1)" a=\'b\' & &lt;',
-        "</pre></iframe></dd><base href=x>",
-        "</textarea>--><!-- ]]>",
-        "javascript:alert(1) data:text/html,x",
-        "$subject ${fields} {} {0} %s \\1",
-        "\u202e\ufffd",
-    ],
-)
-def test_page_escapes_every_text(text: str, tmp_path: Path) -> None:
+def test_page_escapes_every_text(tmp_path: Path) -> None:
+    text = "</title></style></dd></textarea>--><!-- ]]><base href=x>$subject ${fields} {0} %s \\1"
+    text += """<script>alert(1)</script> "onclick="alert(1)" a='b' & &lt; </pre></iframe>\u202e"""
     message = page_message(text, f"<p>HTML</p>{text}")
     page = PageParser(message.as_html())
     assert page.structure() == PageParser(page_message().as_html()).structure()
@@ -1065,7 +1006,7 @@ def test_page_escapes_every_text(text: str, tmp_path: Path) -> None:
     entries = list_entries(tmp_path)
     assert entries.structure() == ENTRY
     assert entries.texts("b") == [text]
-    assert entries.texts("span") == [f"{text} → {text}, {text}"]
+    assert entries.texts("span") == [f"{text} → {text}, {text}"[:200]]
 
 
 @pytest.mark.parametrize(
@@ -1102,6 +1043,7 @@ def test_page_of_text() -> None:
 def test_page_of_html_without_text() -> None:
     message = mime("Content-Type: text/html", "", "<p>One<p>Two")
     assert PageParser(message.as_html()).texts("pre")[0] == "One\nTwo"
+    assert "? → ?" in envelope(mail_from="\udcff", rcpt_tos=["\udcff"]).as_html()
 
 
 def test_size_of_a_page() -> None:
@@ -1110,25 +1052,10 @@ def test_size_of_a_page() -> None:
     assert "<h1>Large</h1>" in page
     assert "The content of 33,554,433 bytes is not shown" in page
     assert len(page) < 10_000
-    images = mime(
-        "Content-Type: multipart/related; boundary=X",
-        "",
-        "--X",
-        "Content-Type: text/html",
-        "",
-        "<img src=cid:a>" * 100,
-        "--X",
-        "Content-ID: <a>",
-        "Content-Type: image/png",
-        "",
-        "x" * 1_000_000,
-        "--X--",
-    )
+    lines = "Content-Type: multipart/related; boundary=X||--X|Content-Type: text/html||"
+    lines += "<img src=cid:a>" * 100 + "|--X|Content-ID: <a>|Content-Type: image/png||"
+    images = mime(*lines.split("|"), "x" * 1_000_000)
     assert size // 2 < len(frame(images)) < size
-
-
-def test_page_can_be_encoded() -> None:
-    assert "? → ?" in envelope(mail_from="\udcff", rcpt_tos=["\udcff"]).as_html()
 
 
 def test_page_directory(tmp_path: Path) -> None:
@@ -1162,20 +1089,17 @@ def test_concurrent_pages(tmp_path: Path) -> None:
         for _ in range(50):
             directory.add(page_message())
 
-    threads = [threading.Thread(target=add_all) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            pool.submit(add_all)
     assert list_entries(tmp_path).structure() == 200 * ENTRY
 
 
 def test_page_directory_errors(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    for path in (file, file / "pages"):
-        with pytest.raises(OSError, match="file"):
-            dsmtpd.PageDirectory(path)
+    with pytest.raises(OSError, match="file"):
+        dsmtpd.PageDirectory(file / "pages")
     directory = dsmtpd.PageDirectory(tmp_path / "pages")
     shutil.rmtree(tmp_path / "pages")
     (tmp_path / "pages").touch()
@@ -1212,18 +1136,10 @@ def test_pages_in_chromium(tmp_path: Path) -> None:
         directory.add(page_message(subject, HOSTILE_HTML))
     page = max(tmp_path.glob("2*.html"))
     (tmp_path / "viewer.html").write_text(VIEWER.format(page=page.name))
-    arguments = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--allow-file-access-from-files",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=1000",
-        "--dump-dom",
-        f"--print-to-pdf={tmp_path / 'viewer.pdf'}",
-        (tmp_path / "viewer.html").as_uri(),
-    ]
+    arguments = "--headless --no-sandbox --disable-gpu --disable-background-networking".split()
+    arguments += "--allow-file-access-from-files --virtual-time-budget=1000 --dump-dom".split()
+    arguments += [f"--user-data-dir={tmp_path / 'profile'}"]
+    arguments += [f"--print-to-pdf={tmp_path / 'viewer.pdf'}", (tmp_path / "viewer.html").as_uri()]
     result = subprocess.run([CHROMIUM, *arguments], capture_output=True, timeout=60)
     assert b"Subjects: Third,Second,First" in result.stdout
     assert b"The script has run" not in result.stdout
@@ -3597,18 +3513,13 @@ def test_cafile_of_the_command(tmp_path: Path) -> None:
 
 
 MALFORMED = [
-    b"",
-    b"\xff\xfe\x00",
-    b"no header",
     b": x\n\n",
     b'From: <<<>>>@@,;:\nTo: "\nDate: yesterday\nMessage-ID: <\nSender: @\n\n',
     b'Subject: =?utf-8?b?////?= =?x?y?z?=\nContent-Type: =?;;="\nMIME-Version: x.y\n\n',
     b"Content-Type: multipart/mixed\n\n--\n",
     b'Content-Type: multipart/mixed; boundary="\xff"\n\n--\xff\n\n--\xff--',
     b"Content-Type: text/plain; charset=\"\x00\"; charset*0*=x''%\n\n\xff",
-    b"Content-Transfer-Encoding: base64\n\n!",
-    b"Content-Disposition: ; filename*=''\n\n",
-    b"From: \r\n\t\r\n\r\n",
+    b"Content-Disposition: ; filename*=''\nContent-Transfer-Encoding: base64\n\n!",
     b"To: =?utf-7?q?+2AA-?= <a@[>, ;;\n\n",
     b"Content-Type: message/rfc822\r\n\r\n" * 3000,
     b"".join(
@@ -3619,17 +3530,9 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize("content", MALFORMED)
-def test_malformed_messages(content: bytes) -> None:
-    message = envelope(content=content)
-    assert isinstance(message.subject, str)
-    assert isinstance(message.text + message.html + "".join(message.links), str)
-    assert all(isinstance(item.content, bytes) for item in message.attachments)
-    dsmtpd._as_text(message).encode()
-
-
 # The start of a message, and what follows it again and again.
 LARGE = [
+    *((content, b"") for content in MALFORMED),
     (b"", b"Content-Type: multipart/mixed; boundary=a\r\n\r\n--a\r\n"),
     (b"Content-Type: multipart/digest; boundary=B\r\n", b"\r\n--B\r\n\r\n"),
     (b'Content-Type: multipart/mixed; boundary="a:b"\r\n\r\n', b"--a:b\n"),
@@ -3643,8 +3546,11 @@ LARGE = [
     (b"a", b" "),
     (b"Content-Transfer-Encoding: base64\r\n\r\n", b"Y="),
     (b"Content-Type: text/plain; charset=iso-2022-jp\r\n\r\n", b"\x1b$B\xff!"),
-    (b"Content-Type: text/plain; charset=gbk\r\n\r\n", b"\xff"),
+    (b"Content-Type: text/plain; charset=punycode\r\n\r\n", b"a-"),
     (b"\r\n", b"https://a(\xe3\x80\x82"),
+    (b"Content-Type: text/html\r\n\r\n<a href='", b"&a&#1"),
+    (b"Content-Type: text/html\r\n\r\n<a ", b"= "),
+    (b"Content-Type: text/html\r\n\r\n", b"<"),
     *(
         (b"Content-Type: text/html\r\n\r\n", markup)
         for markup in (
@@ -3658,34 +3564,27 @@ LARGE = [
             b"&#1",
         )
     ),
-    (b"Content-Type: text/html\r\n\r\n<a href='", b"&a&#1"),
 ]
 
 
 @pytest.mark.parametrize(("start", "unit"), LARGE)
-def test_time_for_large_messages(start: bytes, unit: bytes) -> None:
-    """It is linear: a quadratic search takes ten times the limit, and more."""
-    message = envelope(content=start + unit * (100_000 // len(unit)))
+def test_malformed_and_large_messages(start: bytes, unit: bytes) -> None:
+    """The time is linear: a quadratic search takes ten times the limit, and more."""
+    message = envelope(content=start + unit * (100_000 // max(len(unit), 1)))
     began = time.process_time()
-    assert dsmtpd._as_text(message)
+    dsmtpd._as_text(message).encode()
     assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_random_headers(seed: int) -> None:
     generator = random.Random(seed)
-    names = ["From", "To", "Date", "Message-ID", "Content-Type", "Subject", "MIME-Version"]
-    names += ["Sender", "Content-Disposition", "Content-Transfer-Encoding", "Received"]
-    names += ["References"]
-    atoms = ["<", ">", '"', "@", ";", ":", ",", "=?utf-8?q?", "?=", "\r\n ", "(", ")", "\\"]
-    atoms += ["*0*=", "'", "=", "[", "]", "\x00", "é", "a", "boundary", "multipart/mixed", "1", "%"]
-    atoms += [" ", "."]
+    names = "From To Content-Type Subject Content-Disposition Content-Transfer-Encoding".split()
+    atoms = ["\r\n ", " ", *"<>\"@;:,()\\'=[]\0éa1%.", "=?utf-8?q?", "?=", "*0*=", "boundary"]
+    atoms += ["multipart/mixed", "charset", "filename"]
     lines = [f"{name}: {''.join(generator.choices(atoms, k=9))}\r\n" for name in names]
     lines += ["\r\n", "".join(generator.choices([*atoms, "https://", "<a href=", "&#"], k=300))]
     message = envelope(content="".join(lines).encode())
-    message.subject.encode()
-    assert isinstance(message.text + message.html + "".join(message.links), str)
-    assert all(isinstance(item.content, bytes) for item in message.attachments)
     dsmtpd._as_text(message).encode()
 
 
@@ -4460,7 +4359,7 @@ def test_print(tmp_path: Path) -> None:
         "\n"
         "Willkommen\n"
         "\n"
-        "Ihr\xa0Link <https://example.com/verify?a=1&b=2>\\x1b[31m\n"
+        "Ihr\xa0Link\\x1b[31m\n"
         "\n"
         "HTML: 166 characters\n"
         "\n"
