@@ -317,7 +317,7 @@ class Refusal:
     peer: address and port of the client.
     verb: CONNECT, a command in upper case, "." for a message, as in failure rules, or "" for a
         line that does not begin with a word.
-    argument: The argument of the command, without secrets; sender, recipients and subject for
+    argument: the argument of the command, without secrets; sender, recipients and subject for
         ".".
     """
 
@@ -1347,48 +1347,52 @@ MAX_PARTS = 10_000
 
 @dataclass(frozen=True)
 class Attachment:
-    """A part of a message that is neither its text nor its HTML, such as a file."""
+    """A part of a message that is neither its text nor its HTML, such as a file.
+
+    name: the file name, or "".
+    type: the media type in lower case, such as "application/pdf".
+    content: the content as sent; only its transfer encoding is undone.
+    content_id: the Content-ID without angle brackets, to which "cid:" URLs refer; or "".
+    """
 
     name: str
-    """The file name, or ""."""
     type: str
-    """The media type in lower case, such as "application/pdf"."""
     content: bytes
-    """The content as sent; only its transfer encoding is undone."""
     content_id: str = ""
-    """The Content-ID without angle brackets, to which "cid:" URLs refer; or ""."""
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """A message with the data of its SMTP session."""
+    """A message with the data of its SMTP session.
+
+    peer: address and port of the client, such as "127.0.0.1:54321" or "[::1]:54321".
+    helo: the argument of EHLO or HELO.
+    protocol: SMTP, ESMTP, UTF8SMTP and so on (RFC 3848, RFC 6531 section 4.3).
+    tls: whether the message was sent over TLS.
+    user: the user name of the login, or None.
+    mail_from: the reverse-path without angle brackets; "" is the null reverse-path.
+    mail_options: the parameters of MAIL: {keyword in upper case: value, or ""}.
+    rcpt_tos: the forward-paths without angle brackets, in the order of the RCPT commands.
+    rcpt_options: the parameters of RCPT: one dictionary for each of rcpt_tos.
+    content: the content as sent: line ends are CRLF, and dot-stuffing is undone.
+    received: when the end of the content arrived, with a time zone.
+    warnings: what real servers object to, each as "name: description (RFC section)".
+    path: the file in the Maildir, if the message is stored.
+    """
 
     peer: str
-    """Address and port of the client, such as "127.0.0.1:54321" or "[::1]:54321"."""
     helo: str
-    """The argument of EHLO or HELO."""
     protocol: str
-    """SMTP, ESMTP, UTF8SMTP and so on (RFC 3848, RFC 6531 section 4.3)."""
     tls: bool
-    """Whether the message was sent over TLS."""
     user: str | None
-    """The user name of the login, or None."""
     mail_from: str
-    """The reverse-path without angle brackets; "" is the null reverse-path."""
     mail_options: dict[str, str]
-    """The parameters of MAIL: {keyword in upper case: value, or ""}."""
     rcpt_tos: list[str]
-    """The forward-paths without angle brackets, in the order of the RCPT commands."""
     rcpt_options: list[dict[str, str]]
-    """The parameters of RCPT: one dictionary for each of rcpt_tos."""
     content: bytes
-    """The content as sent: line ends are CRLF, and dot-stuffing is undone."""
     received: datetime
-    """When the end of the content arrived, with a time zone."""
     warnings: list[str] = field(default_factory=list)
-    """What real servers object to, each as "name: description (RFC section)"."""
     path: Path | None = None
-    """The file in the Maildir, if the message is stored."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: the fields, without what has been decoded."""
@@ -1483,7 +1487,7 @@ class _Part:
     body = b""
 
     def __init__(self, content: bytes, start: int, default_type: str) -> None:
-        header_end, self.body_start = _find_body(content, start)
+        header_end, self.body_start = find_body(content, start)
         header = content[start:header_end]
         content_type = first_field(header, "Content-Type")
         disposition = first_field(header, "Content-Disposition")
@@ -1569,10 +1573,10 @@ _HEADER_END = re.compile(rb"(?m)^(?!%b|(?<=\n)[ \t])(?:\r*\n)?" % _FIELD_START)
 
 def header_section(content: bytes) -> bytes:
     """Return the header fields at the start of the content."""
-    return content[: _find_body(content, 0)[0]]
+    return content[: find_body(content, 0)[0]]
 
 
-def _find_body(content: bytes, start: int) -> tuple[int, int]:
+def find_body(content: bytes, start: int) -> tuple[int, int]:
     """Return where the header that begins at start ends, and where its body begins."""
     end = _HEADER_END.search(content, start)
     return end.span() if end else (len(content), len(content))
@@ -2192,17 +2196,17 @@ def _encode_words(text: str) -> str:
 def stored_content(envelope: Envelope, key: str) -> bytes:
     """Return what is stored of a message: the trace header, and the content with LF line ends.
 
-    Bare CRs are kept. An empty line ends the header section, also where the content has none,
-    because many mail readers require it.
+    An empty line ends the header section, also where the content has none, because many mail
+    readers require it.
     """
     header, content = trace_header(envelope, key), envelope.content.replace(b"\r\n", b"\n")
-    if content.startswith(b"\n"):
+    end, body = find_body(content, 0)
+    if end < body:
         return header + content
-    if not _FIELD_NAME.match(content):  # a body without header fields
-        return b"\n".join([header, content])
-    if b"\n\n" in content:
-        return header + content
-    return header + content + (b"\n" if content.endswith(b"\n") else b"\n\n")
+    if end > 0 and content[end - 1 : end] != b"\n":
+        content += b"\n"
+        end += 1
+    return header + content[:end] + b"\n" + content[end:]
 
 
 def unique_name() -> str:
