@@ -280,8 +280,6 @@ class SMTPError(Exception):
     Raises ValueError if one of them is invalid.
     """
 
-    reply = DELIVERY_FAILED  # for a subclass that does not call __init__()
-
     def __init__(self, code: int, status: str, text: str) -> None:
         status_pattern = rf"{code // 100}(\.[0-9]{{1,3}}){{2}}"
         if code // 100 not in (4, 5) or not re.fullmatch(status_pattern, status):
@@ -3148,7 +3146,7 @@ def _run_in_thread(server: Server) -> Iterator[None]:
         await server.start()
         started.set_result(None)
         await asyncio.wrap_future(stopped)
-        # The block may end before the client has got its reply: the inbox is filled first.
+        # The block may end before the client has got the reply, which follows on_message.
         await server.close(QUIT_GRACE)
 
     def run() -> None:
@@ -3730,26 +3728,17 @@ def _json_line(event: str, **values: object) -> str:
 
 def _message_event(envelope: Envelope) -> str:
     """Return a message as a line of JSON."""
-    attachments = [
-        {"name": item.name, "type": item.type, "size": len(item.content)}
-        for item in envelope.attachments
-    ]
+    names = (
+        "peer helo tls user mail_from mail_options rcpt_tos rcpt_options subject text html links"
+    )
     return _json_line(
         "message",
         time=envelope.received.isoformat(),
-        peer=envelope.peer,
-        helo=envelope.helo,
-        tls=envelope.tls,
-        user=envelope.user,
-        mail_from=envelope.mail_from,
-        mail_options=envelope.mail_options,
-        rcpt_tos=envelope.rcpt_tos,
-        rcpt_options=envelope.rcpt_options,
-        subject=envelope.subject,
-        text=envelope.text,
-        html=envelope.html,
-        links=envelope.links,
-        attachments=attachments,
+        **{name: getattr(envelope, name) for name in names.split()},
+        attachments=[
+            {"name": item.name, "type": item.type, "size": len(item.content)}
+            for item in envelope.attachments
+        ],
         size=len(envelope.content),
         warnings=envelope.warnings,
         path=envelope.path and os.fsencode(envelope.path).decode("utf-8", "replace"),
@@ -3769,6 +3758,8 @@ def _as_text(envelope: Envelope) -> str:
     ]
     lines.append(f"Subject: {envelope.subject}")
     lines.append(f"Envelope: {envelope.mail_from} -> {', '.join(envelope.rcpt_tos)}")
+    if envelope.path is not None:
+        lines.append(f"File: {envelope.path}")
     links = [f"  {url}" for url in envelope.links]
     attachments = [
         f"  {item.name or 'unnamed'} ({item.type}, {len(item.content)} bytes)"
