@@ -492,7 +492,8 @@ class Session:
             log.warning("%s: TLS on a plain connection; %s", self.peer, hint)
             yield Close()
         while not self.ended:
-            yield from self._reply_with(self._answer_command())
+            line = yield from self._input.line()
+            yield from self._reply_with(self._answer(line))
 
     def _reply_with(self, answer: Dialogue[Reply | None]) -> Dialogue[None]:
         """Reply with what a part of the dialogue returns or raises, if it has not replied."""
@@ -516,9 +517,28 @@ class Session:
         self._is_greeted = True
         return GREETING
 
-    def _answer_command(self) -> Dialogue[Reply | None]:
-        """Read a command line, and return the reply; None if the command has replied."""
-        line = yield from self._read_line()
+    def _answer(self, line: bytearray) -> Dialogue[Reply | None]:
+        """Execute a command line, and return the reply; None if the command has replied."""
+        verb, argument = self._parse_command(line)
+        if verb in _HTTP_VERBS:
+            raise SMTPError(421, "4.7.0", "HTTP request refused")
+        command = COMMANDS.get(verb)
+        if command is None:
+            raise SMTPError(500, "5.5.2", "Command not recognized")
+        is_disabled = command.extension and command.extension not in self.config.extensions
+        if command.method is None or is_disabled:
+            raise SMTPError(502, "5.5.1", "Command not implemented")
+        if verb != "BDAT":  # octets follow it, which it discards if it is refused
+            if "PIPELINING" not in self.config.extensions:
+                self._warn_if_pipelined(f"the reply to {verb}")
+            yield from self._apply_rules(verb, lambda: rule_text(argument))
+            self._require_permission(command, argument)
+        reply = command.method(self, argument)
+        return reply if isinstance(reply, Reply) else (yield from reply)
+
+    def _parse_command(self, line: bytearray) -> tuple[str, str]:
+        """Return the verb in upper case and the argument."""
+        self._check_length(line)
         self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
         text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" \t")
         verb, _, argument = text.partition(" ")
@@ -529,28 +549,15 @@ class Session:
             self._warn(warning("bare-lf", "after a command"))
         if not self._is_greeted and text.upper() != "QUIT":  # RFC 5321 section 3.1
             raise SMTPError(503, "5.5.1", "Only QUIT is allowed after a refused greeting")
-        return (yield from self._execute(verb, argument.lstrip(" ")))
+        return verb, argument.lstrip(" ")
 
-    def _execute(self, verb: str, argument: str) -> Dialogue[Reply | None]:
-        command = COMMANDS.get(verb)
-        if verb in _HTTP_VERBS:
-            raise SMTPError(421, "4.7.0", "HTTP request refused")
-        if command is None:
-            raise SMTPError(500, "5.5.2", "Command not recognized")
-        is_disabled = command.extension and command.extension not in self.config.extensions
-        if command.method is None or is_disabled:
-            raise SMTPError(502, "5.5.1", "Command not implemented")
-        if verb != "BDAT":  # octets follow it, which it discards if it is not permitted
-            if "PIPELINING" not in self.config.extensions:
-                self._warn_if_pipelined(f"the reply to {verb}")
-            yield from self._permit(verb, argument)
-        reply = command.method(self, argument)
-        return reply if isinstance(reply, Reply) else (yield from reply)
+    def _check_length(self, line: bytearray) -> None:
+        if len(line) > MAX_COMMAND_LENGTH:
+            self._log.command(f"(line of over {MAX_COMMAND_LENGTH} octets)")
+            raise SMTPError(500, "5.5.2", "Line too long")
 
-    def _permit(self, verb: str, argument: str) -> Dialogue[None]:
-        """Apply the failure rules, and check what the table of commands says."""
-        yield from self._apply_rules(verb, lambda: rule_text(argument))
-        command = COMMANDS[verb]
+    def _require_permission(self, command: Command, argument: str) -> None:
+        """Check what the table of commands says."""
         if self.config.tls == "required" and not self.tls and not command.before_tls:
             raise SMTPError(530, "5.7.0", "Must issue a STARTTLS command first")
         # RFC 4954 section 6
@@ -565,13 +572,6 @@ class Session:
                 yield Delay(rule.delay)
             if rule.reply is not None or rule.drop:
                 raise ScriptedError(rule)
-
-    def _read_line(self) -> Dialogue[bytearray]:
-        line = yield from self._input.line()
-        if len(line) > MAX_COMMAND_LENGTH:
-            self._log.command(f"(line of over {MAX_COMMAND_LENGTH} octets)")
-            raise SMTPError(500, "5.5.2", "Line too long")
-        return line
 
     def _warn(self, text: str) -> None:
         """Add a warning about the dialogue to those of the next message."""
@@ -673,7 +673,8 @@ class Session:
             raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
         size = int(match["size"])
         try:
-            yield from self._permit("BDAT", argument)
+            yield from self._apply_rules("BDAT", lambda: argument)
+            self._require_permission(COMMANDS["BDAT"], argument)
             transaction, content = self._begin_chunk(size, match["rest"])
         except (SMTPError, ScriptedError):
             yield from self._input.discard(size)  # RFC 3030 section 2: they are not commands
@@ -770,7 +771,8 @@ class Session:
     def _challenge(self, text: str) -> Dialogue[bytes]:
         """Send a challenge, and return the response in base64."""
         yield Reply(334, "", base64.b64encode(text.encode()).decode())
-        response = yield from self._read_line()
+        response = yield from self._input.line()
+        self._check_length(response)
         self._log.response()
         if response.strip() == b"*":
             raise SMTPError(501, "5.7.0", "Authentication cancelled")
