@@ -2480,8 +2480,6 @@ class Connection:
         except asyncio.CancelledError:
             self._writer.transport.abort()  # the client would not read the last reply either
             raise
-        if self._writer.is_closing():
-            raise ConnectionResetError("The client has disconnected")
 
     async def _perform(self, action: Action) -> None:
         """Perform an action. Close needs nothing: the session has ended."""
