@@ -174,21 +174,21 @@ class Config:
         _check_choices("ignore", self.ignore, WARNINGS)
         _check_choices("tls", [] if self.tls is None else [self.tls], TLS_MODES)
         Rules(self.fail)  # raises ValueError for an invalid one
-        self._check_numbers()
+        self._check_values()
         self._check_combinations()
 
-    def _check_numbers(self) -> None:
+    def _check_values(self) -> None:
+        if not self.interface.strip():
+            raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
         if not isinstance(self.port, int) or not 0 <= self.port <= 65_535:
             raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port!r}")
         if not isinstance(self.max_size, int) or self.max_size < 0:
             text = "must be a number of bytes, such as 33554432, or 0 for no limit"
             raise ValueError(f"max-size: {text}, not {self.max_size!r}")
-
-    def _check_combinations(self) -> None:
-        if not self.interface.strip():
-            raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
         if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
             raise ValueError("reuse-port: this system cannot share a port")
+
+    def _check_combinations(self) -> None:
         if self.tls == "required" and "STARTTLS" in self.without:
             raise ValueError("without: tls=required needs STARTTLS")
         if self.auth and "AUTH" in self.without:
