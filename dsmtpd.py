@@ -136,8 +136,9 @@ class Config:
     key: PEM file of the private key; None if the file of the certificate contains it.
     auth: {user: password} of the users who may log in. Sending then requires a login (RFC 4954
         section 6). If it is empty, every login succeeds and none is required.
-    fail: failure rules in the syntax of parse_rule(); the first rule that matches applies.
-    strict: whether to reject messages that lint() warns about.
+    fail: failure rules in the syntax of parse_rule(), such as "RCPT * x1 451"; the first rule
+        that matches applies.
+    strict: whether to reject messages with warnings.
     ignore: names of warnings that are not given.
     reuse_port: whether several servers may listen on the same port and share its clients.
     """
@@ -3105,7 +3106,12 @@ def _matches(message: Envelope, to: str | None, mail_from: str | None, subject: 
 
 @contextlib.contextmanager
 def capture(*, handler: Handler | None = None, **options: Unpack[Options]) -> Iterator[Inbox]:
-    """Run a server in a background thread for the block of a with statement; yield its Inbox.
+    """Run a server in a background thread for the block of a with statement; yield an Inbox.
+
+    Example::
+
+        with dsmtpd.capture() as inbox:  # send to inbox.host and inbox.port
+            message = inbox.wait(to="you@example.com")
 
     options are the fields of Config. By default, the port is a free one, and messages are
     kept in memory only; with `directory` they are stored there. handler is the same as for
