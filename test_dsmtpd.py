@@ -4471,13 +4471,13 @@ def test_zipapp_of_the_readme(checkout: Path) -> None:
 @OPENSSL
 @pytest.mark.parametrize("folder", [".", "tools"])
 def test_pytest_of_the_readme(folder: str, checkout: Path) -> None:
-    """The test passes, the marker sets options, and a failed test reports its mail."""
+    """The test passes, the marker sets options, and the mail of a failed test is kept."""
     plugins, pythonpath = re.findall("``(pytest_plugins .*?|pythonpath .*?)``", README)
     if folder != ".":
         Path(folder).mkdir()
         Path("dsmtpd.py").rename(Path(folder, "dsmtpd.py"))
         Path("pytest.ini").write_text(f"[pytest]\n{pythonpath}\n")
-    Path("conftest.py").write_text(f"{plugins}\n")
+    Path("conftest.py").write_text(f"{plugins}\n{example('pytest_exception_interact')}")
     (marker,) = re.findall("``(@pytest.mark.smtpd.*?)``", README)
     Path("test_it.py").write_text(
         f"import pytest, smtplib\n{example('def test_welcome(smtpd)')}\n{marker}\n"
@@ -4492,6 +4492,7 @@ def test_pytest_of_the_readme(folder: str, checkout: Path) -> None:
     completed = subprocess.run(pytest_line, capture_output=True, encoding="utf-8", check=False)
     assert "1 failed, 1 passed" in completed.stdout, completed.stdout + completed.stderr
     assert "received app@example.com -> you@example.com [Welcome]" in completed.stdout
+    assert "Confirm" in Path("failed test_marker 1.html").read_text("utf-8")
 
 
 @POSIX
