@@ -34,7 +34,6 @@ import threading
 import time
 import tracemalloc
 import urllib.parse
-import zipapp
 import zipfile
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime, timezone
@@ -2034,7 +2033,7 @@ def test_storage_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     with dsmtpd.capture(directory=tmp_path / "mail") as inbox:
         (tmp_path / "mail" / "new").rmdir()
         (tmp_path / "mail" / "new").touch()
-        with pytest.raises(smtplib.SMTPDataError, match="Cannot store the message, try again"):
+        with pytest.raises(smtplib.SMTPDataError, match=r"451, .*4\.3\.0 Cannot store the message"):
             send(inbox)
         assert files(tmp_path / "mail") == ["cur", "new", "tmp"]
         (tmp_path / "mail" / "new").unlink()
@@ -2575,22 +2574,24 @@ def test_no_delay() -> None:
 
 def test_connection_reset(caplog: pytest.LogCaptureFixture) -> None:
     """After a reset at any step of a session, the server logs no warning and keeps running."""
-    steps = ["EHLO x", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "text"]
+    steps = [*START, "DATA", "text", *[".", *START[1:], "DATA"] * 100]
     envelopes: list[Envelope] = []
 
     async def scenario(server: Server, connect: Connect) -> None:
-        for count in range(len(steps) + 1):
+        for count in (*range(6), len(steps)):
             for read in (True, False):
                 peer = await connect()
-                for step in steps[:count]:
-                    peer.writer.write(f"{step}\r\n".encode())
-                    if read and step != "text":
-                        await peer.reply()
-                await peer.writer.drain()
+                peer.writer.write("\r\n".join([*steps[:count], ""]).encode())
+                for _ in range(min(count, 4) if read else 0):
+                    await peer.reply()
+                linger = (socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                peer.writer.get_extra_info("socket").setsockopt(*linger)
                 peer.writer.transport.abort()
+        envelopes.clear()
         assert (await (await connect()).send_mail()).startswith("250")
+        await until(lambda: len(server._connections) == 1)
 
-    serve(scenario, handler=envelopes.append)
+    serve(scenario, handler=envelopes.append, ignore=list(dsmtpd.WARNINGS))
     assert len(envelopes) == 1
     assert not [record for record in caplog.records if record.levelname != "INFO"]
 
@@ -2972,21 +2973,6 @@ def test_signals_with_idle_clients(number: int, tmp_path: Path) -> None:
     assert "Traceback" not in text
 
 
-def test_no_asyncio_warning_after_reset(tmp_path: Path) -> None:
-    message = f"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\n{CLEAN}\r\n.\r\n"
-    with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
-        with socket.create_connection(("127.0.0.1", server.port)) as client:
-            reset = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-            client.sendall(b"EHLO x\r\n" + 100 * message.encode())
-            client.recv(1)
-        with smtplib.SMTP("127.0.0.1", server.port) as other:
-            for _ in range(5):
-                other.sendmail("a@b", ["c@d"], CLEAN)
-        _, text = server.stop()
-    assert "socket.send" not in text
-
-
 @POSIX
 def test_message_is_stored_before_reply(tmp_path: Path) -> None:
     with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
@@ -3001,27 +2987,6 @@ def test_message_is_stored_before_reply(tmp_path: Path) -> None:
                 client.quit()
     (path,) = (tmp_path / "mail" / "new").iterdir()
     assert path.read_bytes().endswith(b"x" * 100_000 + b"\n")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
-def test_no_space_left(tmp_path: Path) -> None:
-    """A file size limit makes a write fail halfway, as a full disk does."""
-    import resource
-
-    with process("-d", tmp_path / "mail", cwd=tmp_path) as server:
-        _, hard = resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (10_000, hard))
-        with smtplib.SMTP("127.0.0.1", server.port) as client:
-            with pytest.raises(smtplib.SMTPDataError) as caught:
-                client.sendmail("a@b", ["c@d"], "x" * 100_000)
-            assert caught.value.smtp_code == 451
-            assert caught.value.smtp_error == b"4.3.0 Cannot store the message, try again later"
-            assert not [path for path in (tmp_path / "mail").rglob("*") if path.is_file()]
-            resource.prlimit(server.popen.pid, resource.RLIMIT_FSIZE, (hard, hard))
-            client.sendmail("a@b", ["c@d"], "x" * 100_000)
-        _, text = server.stop()
-    assert len(list((tmp_path / "mail" / "new").iterdir())) == 1
-    assert "File too large" in text
 
 
 def test_verbose_and_quiet(main: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -3211,27 +3176,6 @@ def test_current_directory(
     (tmp_path / "manage.py").touch()
     assert main("--timeout", "0.01") == 0
     assert caplog.messages[-3:-1] == ["Found a Maildir storage with 1 mails", warning]
-
-
-def test_module_and_zipapp(tmp_path: Path) -> None:
-    (tmp_path / "app").mkdir()
-    shutil.copy(SCRIPT, tmp_path / "app")
-    zipapp.create_archive(tmp_path / "app", tmp_path / "dsmtpd.pyz", main="dsmtpd:main")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").touch()
-    for program in (("-m", "dsmtpd"), (tmp_path / "dsmtpd.pyz",)):
-        with process("-d", tmp_path / "mail", program=program, cwd=tmp_path / "app") as server:
-            with smtplib.SMTP("127.0.0.1", server.port) as client:
-                client.sendmail("a@b", ["c@d"], "Subject: Hi")
-            status, _ = server.stop()
-        assert status == 0
-        completed = subprocess.run(
-            [sys.executable, *program, "-p", "0", "-d", tmp_path / "other"],
-            cwd=tmp_path / "app",
-            check=False,
-        )
-        assert completed.returncode == 2
-    assert len(list((tmp_path / "mail" / "new").iterdir())) == 2
 
 
 # pip caches a wheel built from an sdist by its path; another run may have the same path.
@@ -4376,7 +4320,9 @@ def test_first_screen_of_the_readme(checkout: Path) -> None:
 def test_zipapp_of_the_readme(checkout: Path) -> None:
     (line,) = re.findall("``(mkdir app .*?)``", " ".join(README.split()))
     assert sh(line).returncode == 0
-    assert sh("./dsmtpd.pyz --version").stdout == f"dsmtpd {dsmtpd.__version__}\n"
+    for program in ("./dsmtpd.pyz", "python3 -m dsmtpd"):
+        assert sh(f"{program} --version").stdout == f"dsmtpd {dsmtpd.__version__}\n"
+        assert sh(f"{program} -p 0 -d app").returncode == 2  # app is not a Maildir
 
 
 @OPENSSL
