@@ -3840,51 +3840,38 @@ def test_signal_at_a_log_line(
 # Sends a message at the first SIGTERM, and ends with status 5 at the next one.
 SEND_AT_SIGTERM = f"""
 import os, signal, sys
-sys.argv[1:] = ["1"]
-def handle(*_):
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(5))
-    exec({SENDER!r})
-    sys.stdout.flush()
-signal.signal(signal.SIGTERM, handle)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 os.write(1, b"ready\\n")
-while True:
-    signal.pause()
+signal.sigwait([signal.SIGTERM])
+sys.argv[1:] = ["1"]
+exec({SENDER!r})
+sys.stdout.flush()
+signal.sigwait([signal.SIGTERM])
+sys.exit(5)
 """
+SLEEP = ["sh", "-c", "echo ready; exec sleep 60"]
+EXIT_0_AT_SIGTERM = ["sh", "-c", "trap 'exit 0' TERM; echo ready; while :; do sleep 0.02; done"]
+IGNORE_SIGTERM = ["sh", "-c", "trap '' TERM; echo ready; exec sleep 60"]
 
 
 @POSIX
 @pytest.mark.parametrize(
     ("options", "command_line", "signals", "status"),
     [
-        ([], ["sh", "-c", "echo ready; exec sleep 60"], ["SIGTERM"], 128 + 15),
-        ([], ["sh", "-c", "echo ready; exec sleep 60"], ["SIGINT", "SIGHUP"], 128 + 1),
-        (
-            [],
-            [sys.executable, "-c", SEND_AT_SIGTERM],
-            ["SIGINT", "SIGTERM", "sent", "SIGINT", "SIGTERM"],
-            5,
-        ),
-        (["--timeout", "0.2"], ["sh", "-c", "echo ready; exec sleep 60"], [], 128 + 15),
-        (
-            ["--timeout", "0.2"],
-            ["sh", "-c", "trap 'exit 0' TERM; echo ready; while :; do sleep 0.02; done"],
-            [],
-            128 + 15,
-        ),
-        (
-            ["--timeout", "0.2"],
-            ["sh", "-c", "trap '' TERM; echo ready; exec sleep 60"],
-            [],
-            128 + 9,
-        ),
+        ("", SLEEP, "SIGTERM", 128 + 15),
+        ("", SLEEP, "SIGINT SIGHUP", 128 + 1),
+        ("", [sys.executable, "-c", SEND_AT_SIGTERM], "SIGINT SIGTERM sent SIGINT SIGTERM", 5),
+        ("--timeout 0.2", SLEEP, "", 128 + 15),
+        ("--timeout 0.2", EXIT_0_AT_SIGTERM, "", 128 + 15),
+        ("--timeout 0.2", IGNORE_SIGTERM, "", 128 + 9),
     ],
 )
 def test_signals_with_command(
-    options: list[str], command_line: list[str], signals: list[str], status: int, temp_dir: Path
+    options: str, command_line: list[str], signals: str, status: int, temp_dir: Path
 ) -> None:
     """SIGINT is left to the terminal; the others are passed on, and the server continues."""
     starter = "import sys, dsmtpd; dsmtpd.KILL_TIMEOUT = 0.2; dsmtpd.main(sys.argv[1:])"
-    program = [sys.executable, "-W", "error", "-c", starter, "-p", "0", *options, "--"]
+    program = [sys.executable, "-W", "error", "-c", starter, "-p", "0", *options.split(), "--"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with (
         subprocess.Popen([*program, *command_line], **pipes, encoding="utf-8", cwd=HERE) as running,
@@ -3893,7 +3880,7 @@ def test_signals_with_command(
         stack.callback(running.kill)
         assert running.stdout is not None
         assert running.stdout.readline() == "ready\n"
-        for name in signals:
+        for name in signals.split():
             if name == "sent":
                 assert running.stdout.readline() == "1\n"
             else:
@@ -3993,53 +3980,24 @@ def test_nodemailer_messages_have_no_warnings(tmp_path: Path) -> None:
 
 
 def test_json(main: Callable[..., Any], tmp_path: Path) -> None:
-    """The events are appended to the file."""
+    """The events are appended to the file; test_json_of_the_readme() tests their other fields."""
     path = tmp_path / "events.jsonl"
     path.write_text("{}\n")
     options = ["-d", tmp_path / "mail", "--json", "-o", path]
     options += ["--fail", ". *1* 554 5.7.1 Looks like spam"]
     assert main(*options, "--", *SEND, "2") == 1  # smtplib raises
     _, listening, message, refused = map(json.loads, path.read_text("utf-8").splitlines())
-    assert listening.pop("port") > 0
-    assert listening == {
-        "event": "listening",
-        "host": "127.0.0.1",
-        "version": dsmtpd.__version__,
-    }
-    assert refused.pop("time") >= message["time"]
-    assert refused.pop("peer") == message["peer"]
-    assert refused == {
-        "event": "refused",
-        "verb": ".",
-        "argument": "a@b -> c@d [1]",
-        "code": 554,
-        "status": "5.7.1",
-        "text": "Looks like spam",
-    }
-    assert datetime.fromisoformat(message.pop("time")).tzinfo is not None
-    assert message.pop("peer").startswith("127.0.0.1:")
-    assert Path(message.pop("path")).parent == tmp_path / "mail" / "new"
-    assert message.pop("helo")
-    assert [text.partition(":")[0] for text in message.pop("warnings")] == [
-        "missing-date",
-        "missing-from",
-        "missing-message-id",
-    ]
-    assert message == {
-        "event": "message",
-        "tls": False,
-        "user": None,
-        "mail_from": "a@b",
-        "mail_options": {"SIZE": "10"},
-        "rcpt_tos": ["c@d"],
-        "rcpt_options": [{}],
-        "subject": "0",
-        "text": "",
-        "html": "",
-        "links": [],
-        "attachments": [],
-        "size": 12,
-    }
+    assert listening["port"] > 0
+    assert listening["version"] == dsmtpd.__version__
+    assert datetime.fromisoformat(message["time"]).tzinfo is not None
+    assert refused["time"] >= message["time"]
+    assert message["peer"].startswith("127.0.0.1:")
+    assert refused["peer"] == message["peer"]
+    assert Path(message["path"]).parent == tmp_path / "mail" / "new"
+    assert (message["mail_options"], message["links"], message["size"]) == ({"SIZE": "10"}, [], 12)
+    warnings = "missing-date missing-from missing-message-id".split()
+    assert [text.partition(":")[0] for text in message["warnings"]] == warnings
+    assert (refused["verb"], refused["argument"]) == (".", "a@b -> c@d [1]")
 
 
 def test_json_flush_and_closed_pipe(tmp_path: Path) -> None:
@@ -4109,23 +4067,10 @@ def test_output_queue(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
 
 def test_print_as_sent() -> None:
     """Only what a terminal would interpret is escaped."""
-    message = mime(
-        "To: b@b.test <c@c.test>,\r\n\t(x",
-        "to : =?utf-8?q?a=0A=1B?= =?utf-8?q?b_?= [d]",
-        "Cc: [object Object]",
-        "Content-Type: multipart/mixed; boundary=1",
-        "",
-        "--1",
-        "",
-        "日本\u3000語\u202f1\xa0\u200f\u061c\u200c\u200d\xad\t",
-        "\x1b[0m\x7f\x9b\u202e\u2066\r",
-        "--1",
-        "",
-        " \t",
-        "--1",
-        "",
-        "https://a.test",
-    )
+    lines = "To: b@b.test <c@c.test>,\r\n\t(x|to : =?utf-8?q?a=0A=1B?= =?utf-8?q?b_?= [d]|"
+    lines += "Cc: [object Object]|Content-Type: multipart/mixed; boundary=1||--1||"
+    lines += "日本\u3000語\u202f1\xa0\u200f\u061c\u200c\u200d\xad\t|\x1b[0m\x7f\x9b\u202e\u2066\r|"
+    message = mime(*f"{lines}--1|| \t|--1||https://a.test".split("|"))
     assert dsmtpd._as_text(message) == (
         "---------- MESSAGE FOLLOWS ----------\n"
         "To: b@b.test <c@c.test>,\t(x\n"
@@ -4147,18 +4092,33 @@ def test_print_as_sent() -> None:
         "  unnamed (text/plain, 14 bytes)\n"
         "------------ END MESSAGE ------------\n"
     )
-    message = mime(
-        "Content-Type: multipart/x; boundary=1",
-        "",
-        "--1",
-        "",
-        "\xa0",
-        "--1",
-        "Content-Type: text/html",
-        "",
-        "<p>abc</p>",
+    message = envelope(content=HTML_MESSAGE.as_bytes(), rcpt_tos=["c@d", "e@f"], path=Path("1.M2"))
+    assert dsmtpd._as_text(message) == (
+        "---------- MESSAGE FOLLOWS ----------\n"
+        "From: Jürgen <a@b>\n"
+        "To: c@d\n"
+        "Date: Sat, 21 Nov 2026 12:00:00 +0000\n"
+        "Subject: Grüße\n"
+        "Envelope: a@x.test -> c@d, e@f\n"
+        "File: 1.M2\n"
+        "\n"
+        "Willkommen\n"
+        "\n"
+        "Ihr\xa0Link\\x1b[31m\n"
+        "\n"
+        "HTML: 166 characters\n"
+        "\n"
+        "Links:\n"
+        "  https://example.com/verify?a=1&b=2\n"
+        "\n"
+        "Attachments:\n"
+        "  für.pdf (application/pdf, 4 bytes)\n"
+        "------------ END MESSAGE ------------\n"
     )
-    assert "\nabc\n\nHTML: 10 characters\n" in dsmtpd._as_text(message)
+    lines = (
+        "Content-Type: multipart/x; boundary=1||--1||\xa0|--1|Content-Type: text/html||<p>abc</p>"
+    )
+    assert "\nabc\n\nHTML: 10 characters\n" in dsmtpd._as_text(mime(*lines.split("|")))
 
 
 def test_print_of_long_and_binary_content() -> None:
@@ -4198,37 +4158,6 @@ HTML_MESSAGE.set_content(
     charset="iso-8859-1",
 )
 HTML_MESSAGE.add_attachment(b"%PDF", maintype="application", subtype="pdf", filename="für.pdf")
-
-
-def test_print(tmp_path: Path) -> None:
-    path = tmp_path / "printed"
-    with process("-d", tmp_path / "mail", "--print", "-o", path, cwd=tmp_path) as server:
-        with smtplib.SMTP("127.0.0.1", server.port) as client:
-            client.sendmail("a@b", ["c@d", "e@f"], HTML_MESSAGE.as_bytes())
-        server.stop()
-    (file,) = (tmp_path / "mail" / "new").iterdir()
-    assert path.read_text("utf-8") == (
-        "---------- MESSAGE FOLLOWS ----------\n"
-        "From: Jürgen <a@b>\n"
-        "To: c@d\n"
-        "Date: Sat, 21 Nov 2026 12:00:00 +0000\n"
-        "Subject: Grüße\n"
-        "Envelope: a@b -> c@d, e@f\n"
-        f"File: {file}\n"
-        "\n"
-        "Willkommen\n"
-        "\n"
-        "Ihr\xa0Link\\x1b[31m\n"
-        "\n"
-        "HTML: 166 characters\n"
-        "\n"
-        "Links:\n"
-        "  https://example.com/verify?a=1&b=2\n"
-        "\n"
-        "Attachments:\n"
-        "  für.pdf (application/pdf, 4 bytes)\n"
-        "------------ END MESSAGE ------------\n"
-    )
 
 
 def test_handler_option(tmp_path: Path) -> None:
