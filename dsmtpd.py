@@ -18,7 +18,8 @@ Replies and actions  what a session tells its connection to do
 Session              the SMTP dialogue, without I/O
 Grammar              addresses, parameters and arguments of commands
 Failure rules        commands that fail on purpose
-Messages             an envelope, and what is decoded from its content
+Messages             an envelope, and what is decoded from its content: then Header fields,
+                     Charsets, HTML and URLs
 Pages                a message as an HTML page
 Lint                 what other servers object to
 Storage              the Maildir
@@ -405,8 +406,8 @@ class ScriptedError(Exception):
 class Session:
     """The server side of an SMTP session, without I/O: bytes in, actions out.
 
-    The dialogue is a generator: `yield reply` speaks, and `yield from self._input.line()`
-    listens. peer is the address of the client, for envelopes and the log. rules may be shared
+    The dialogue is a generator: `yield reply` sends a reply, and `yield from self._input.line()`
+    reads a line. peer is the address of the client, for envelopes and the log. rules may be shared
     with other sessions; None means those of the config. on_refusal is called with each Refusal.
     """
 
@@ -492,7 +493,8 @@ class Session:
             log.warning("%s: TLS on a plain connection; %s", self.peer, hint)
             yield Close()
         while not self.ended:
-            yield from self._reply_with(self._answer_command())
+            line = yield from self._input.line()
+            yield from self._reply_with(self._answer(line))
 
     def _reply_with(self, answer: Dialogue[Reply | None]) -> Dialogue[None]:
         """Reply with what a part of the dialogue returns or raises, if it has not replied."""
@@ -516,9 +518,28 @@ class Session:
         self._is_greeted = True
         return GREETING
 
-    def _answer_command(self) -> Dialogue[Reply | None]:
-        """Read a command line, and return the reply; None if the command has replied."""
-        line = yield from self._read_line()
+    def _answer(self, line: bytearray) -> Dialogue[Reply | None]:
+        """Execute a command line, and return the reply; None if the command has replied."""
+        verb, argument = self._parse_command(line)
+        if verb in _HTTP_VERBS:
+            raise SMTPError(421, "4.7.0", "HTTP request refused")
+        command = COMMANDS.get(verb)
+        if command is None:
+            raise SMTPError(500, "5.5.2", "Command not recognized")
+        is_disabled = command.extension and command.extension not in self.config.extensions
+        if command.method is None or is_disabled:
+            raise SMTPError(502, "5.5.1", "Command not implemented")
+        if verb != "BDAT":  # octets follow it, which it discards if it is refused
+            if "PIPELINING" not in self.config.extensions:
+                self._warn_if_pipelined(f"the reply to {verb}")
+            yield from self._apply_rules(verb, lambda: rule_text(argument))
+            self._require_permission(command, argument)
+        reply = command.method(self, argument)
+        return reply if isinstance(reply, Reply) else (yield from reply)
+
+    def _parse_command(self, line: bytearray) -> tuple[str, str]:
+        """Return the verb in upper case and the argument."""
+        self._check_length(line)
         self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
         text = line[: -len(self._line_end)].decode("utf-8", "surrogateescape").rstrip(" \t")
         verb, _, argument = text.partition(" ")
@@ -529,28 +550,15 @@ class Session:
             self._warn(warning("bare-lf", "after a command"))
         if not self._is_greeted and text.upper() != "QUIT":  # RFC 5321 section 3.1
             raise SMTPError(503, "5.5.1", "Only QUIT is allowed after a refused greeting")
-        return (yield from self._execute(verb, argument.lstrip(" ")))
+        return verb, argument.lstrip(" ")
 
-    def _execute(self, verb: str, argument: str) -> Dialogue[Reply | None]:
-        command = COMMANDS.get(verb)
-        if verb in _HTTP_VERBS:
-            raise SMTPError(421, "4.7.0", "HTTP request refused")
-        if command is None:
-            raise SMTPError(500, "5.5.2", "Command not recognized")
-        is_disabled = command.extension and command.extension not in self.config.extensions
-        if command.method is None or is_disabled:
-            raise SMTPError(502, "5.5.1", "Command not implemented")
-        if verb != "BDAT":  # octets follow it, which it discards if it is not permitted
-            if "PIPELINING" not in self.config.extensions:
-                self._warn_if_pipelined(f"the reply to {verb}")
-            yield from self._permit(verb, argument)
-        reply = command.method(self, argument)
-        return reply if isinstance(reply, Reply) else (yield from reply)
+    def _check_length(self, line: bytearray) -> None:
+        if len(line) > MAX_COMMAND_LENGTH:
+            self._log.command(f"(line of over {MAX_COMMAND_LENGTH} octets)")
+            raise SMTPError(500, "5.5.2", "Line too long")
 
-    def _permit(self, verb: str, argument: str) -> Dialogue[None]:
-        """Apply the failure rules, and check what the table of commands says."""
-        yield from self._apply_rules(verb, lambda: rule_text(argument))
-        command = COMMANDS[verb]
+    def _require_permission(self, command: Command, argument: str) -> None:
+        """Check what the table of commands says."""
         if self.config.tls == "required" and not self.tls and not command.before_tls:
             raise SMTPError(530, "5.7.0", "Must issue a STARTTLS command first")
         # RFC 4954 section 6
@@ -566,13 +574,6 @@ class Session:
             if rule.reply is not None or rule.drop:
                 raise ScriptedError(rule)
 
-    def _read_line(self) -> Dialogue[bytearray]:
-        line = yield from self._input.line()
-        if len(line) > MAX_COMMAND_LENGTH:
-            self._log.command(f"(line of over {MAX_COMMAND_LENGTH} octets)")
-            raise SMTPError(500, "5.5.2", "Line too long")
-        return line
-
     def _warn(self, text: str) -> None:
         """Add a warning about the dialogue to those of the next message."""
         if text not in self._protocol_warnings:
@@ -584,7 +585,7 @@ class Session:
             self._warn(warning("early-talker", reply))
 
     # Commands: one method for each verb, which returns the reply or raises SMTPError. Those that
-    # listen are parts of the dialogue.
+    # send or read more are parts of the dialogue.
 
     def _ehlo(self, argument: str) -> Reply:
         self._begin_session("EHLO", argument)
@@ -673,11 +674,12 @@ class Session:
             raise SMTPError(501, "5.5.4", "Syntax: BDAT size [LAST]")
         size = int(match["size"])
         try:
-            yield from self._permit("BDAT", argument)
+            yield from self._apply_rules("BDAT", lambda: argument)
+            self._require_permission(COMMANDS["BDAT"], argument)
             transaction, content = self._begin_chunk(size, match["rest"])
         except (SMTPError, ScriptedError):
             yield from self._input.discard(size)  # RFC 3030 section 2: they are not commands
-            # Without this chunk, the message is incomplete. Before RCPT, there is no message.
+            # Without this chunk, the message is incomplete. Without recipients there is none.
             if self.transaction is not None and self.transaction.rcpt_tos:
                 self.transaction = None
             raise
@@ -770,7 +772,8 @@ class Session:
     def _challenge(self, text: str) -> Dialogue[bytes]:
         """Send a challenge, and return the response in base64."""
         yield Reply(334, "", base64.b64encode(text.encode()).decode())
-        response = yield from self._read_line()
+        response = yield from self._input.line()
+        self._check_length(response)
         self._log.response()
         if response.strip() == b"*":
             raise SMTPError(501, "5.7.0", "Authentication cancelled")
@@ -960,7 +963,7 @@ class SessionLog:
 
     def __init__(self, peer: str, on_refusal: Callable[[Refusal], object] | None) -> None:
         self.detail = ""
-        """What the log says about the refusal of the last command, after the reply."""
+        """Text that the log adds to the refusal of the last command."""
         self._peer = peer
         self._on_refusal = on_refusal
         self.message: Envelope | None = None
@@ -970,7 +973,7 @@ class SessionLog:
         self._auth_seen = False  # whether the client sent AUTH: unknown commands may be secrets
 
     def command(self, line: str, verb: str = "") -> None:
-        """The client has sent a command line; verb is its first word in upper case."""
+        """Log a command line; verb is its first word in upper case."""
         self._command = line
         self.detail = ""
         self._verbs.add(verb if verb in COMMANDS else "")
@@ -980,17 +983,17 @@ class SessionLog:
             log.debug("%s C: %s", self._peer, self._masked(line))
 
     def response(self) -> None:
-        """The client has sent a line of an authentication exchange."""
+        """Log a line of an authentication exchange."""
         log.debug("%s C: ***", self._peer)
 
     def sent(self, reply: Reply) -> None:
-        """The server sends a reply."""
+        """Log a reply."""
         if log.isEnabledFor(logging.DEBUG):
             for line in reply.encoded.decode().splitlines():
                 log.debug("%s S: %s", self._peer, line)
 
     def answer(self, reply: Reply, now: float) -> None:
-        """The server answers the last command or message."""
+        """Log the reply to the last command or message, and report it if it is a refusal."""
         self.sent(reply)
         if reply.code >= 400:
             self._refuse(reply, datetime.fromtimestamp(now, timezone.utc))
@@ -1027,7 +1030,7 @@ class SessionLog:
         return escape_unprintable(line)
 
     def hint_at_tls(self) -> None:
-        """Say why a client may have left a server without TLS after it had read what it offers."""
+        """Log a hint if the client left after EHLO: it may require TLS."""
         verbs = self._verbs - {"QUIT"}
         if verbs and verbs <= {"EHLO", "HELO", "STARTTLS"}:
             text = "Closed without a message; if the client requires TLS, use --tls"
@@ -1195,12 +1198,9 @@ def _sasl_xoauth2() -> SASLExchange:
 SASL_MECHANISMS = {"PLAIN": _sasl_plain, "LOGIN": _sasl_login, "XOAUTH2": _sasl_xoauth2}
 
 
-# --- Text for the log ------------------------------------------------------------------
-
-
-# C0 but tabs, C1, bidirectional embeddings, overrides and isolates, and surrogates. All others are
-# text, such as the spaces, direction marks and joiners of any script.
-_CONTROLS = re.compile("[\x00-\x08\n-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 but tabs, C1, line separators, bidirectional embeddings, overrides and isolates, and
+# surrogates. All others are text, such as the spaces, direction marks and joiners of any script.
+_CONTROLS = re.compile("[\x00-\x08\n-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escape_unprintable(text: str) -> str:
@@ -1276,7 +1276,7 @@ def _why_it_never_matches(rule: Rule) -> str:
 
 
 def _set_action(rule: Rule, words: list[str]) -> None:
-    """Set the action of a rule. Raises ValueError if the words are none."""
+    """Set the action of a rule. Raises ValueError if the words are not an action."""
     action, *rest = [word.lower() for word in words] or [""]
     if action == "delay" and len(rest) == 1 and re.fullmatch("[0-9]{1,6}([.][0-9]{1,6})?", rest[0]):
         rule.delay = float(rest[0])
@@ -1311,14 +1311,14 @@ class Rules:
         self.replace(texts)
 
     def replace(self, texts: Sequence[str]) -> None:
-        """Use these rules from now on; from any thread. Raises ValueError as __init__() does."""
+        """Replace the rules; thread-safe. Raises ValueError as __init__() does."""
         self._rules = [parse_rule(text) for text in texts]
 
     def apply(self, verb: str, get_text: Callable[[], str], peer: str) -> list[Rule]:
-        """Return the rules that apply now: those with a delay, then at most one other.
+        """Count and return the rules that apply now: those with a delay, then at most one other.
 
         get_text() returns the text to match with the patterns; it is called only if there is a
-        rule for the verb, because decoding a subject is slow. peer is for the log.
+        rule for the verb. peer is for the log.
         """
         applied: list[Rule] = []
         for rule in self._rules:
@@ -2217,10 +2217,9 @@ def unique_name() -> str:
 class Maildir(mailbox.Maildir):
     """A mailbox.Maildir whose add() is durable. Several processes may use the same one.
 
-    directory is created if it is missing. If it is empty or contains cur or new, its missing
-    folders are created. None means the current directory, where missing folders are always
-    created. Raises mailbox.Error for any other directory, which is left unchanged, and for one
-    that cannot be read or written to.
+    directory must be absent, empty, or a Maildir: contain cur or new. Missing folders are created.
+    None is the current directory, without this check. Raises mailbox.Error for any other
+    directory, which is left unchanged, and for one that cannot be read or written to.
     """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
@@ -2273,7 +2272,7 @@ class Maildir(mailbox.Maildir):
 
 
 def _require_maildir(path: Path) -> None:
-    """Raise mailbox.Error if the directory exists and contains something else."""
+    """Raise mailbox.Error if the directory exists and is neither empty nor a Maildir."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -2300,7 +2299,7 @@ class StorageThread:
         """Store a message, and return its path. Raises SMTPError 451 if it cannot be written."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._queue.put((future, envelope))
-        path: Path = await outcome(future)
+        path: Path = await result_of(future)
         return path
 
     def close(self) -> None:
@@ -2309,7 +2308,7 @@ class StorageThread:
 
     def _run(self) -> None:
         for future, envelope in iter(self._queue.get, None):
-            set_outcome(future, self._store, envelope)
+            call_in_thread(future, self._store, envelope)
 
     def _store(self, envelope: Envelope) -> Path:
         key = unique_name()
@@ -2322,12 +2321,12 @@ class StorageThread:
         return self._maildir.path / "new" / key
 
 
-def set_outcome(
+def call_in_thread(
     future: asyncio.Future[Any], function: Callable[[Envelope], object], envelope: Envelope
 ) -> None:
-    """Run in a thread: call the function with the envelope, and set the result of the future.
+    """Run in a thread: call the function, and set what it returns or raises as the result.
 
-    An exception becomes its result as well: asyncio refuses StopIteration as an exception.
+    asyncio refuses StopIteration as the exception of a future.
     """
     result: object
     try:
@@ -2343,8 +2342,8 @@ def set_outcome(
         future.get_loop().call_soon_threadsafe(set_result)
 
 
-async def outcome(future: asyncio.Future[Any]) -> Any:
-    """Return or raise what the function of set_outcome() has returned or raised."""
+async def result_of(future: asyncio.Future[Any]) -> Any:
+    """Return or raise what the function of call_in_thread() has returned or raised."""
     result = await future
     if isinstance(result, BaseException):
         raise result
@@ -2370,9 +2369,6 @@ class Connection:
     deliver(envelope) returns the reply to the end of the content. tls_context is for the
     action StartTLS, and for a session that starts with TLS.
 
-    interrupt() ends the session when the server stops or the client is idle: it cancels the task,
-    and _close() sends the last reply. A delivery is never cancelled; the session ends after it.
-    abort() is for a client that does not read the last reply.
     """
 
     def __init__(
@@ -2414,7 +2410,7 @@ class Connection:
             await self._close()
 
     def interrupt(self, reply: Reply) -> None:
-        """End the session with this reply; a delivery in progress is finished first."""
+        """Cancel the task, which then sends this reply; a delivery is finished first."""
         self._last_reply = reply
         if isinstance(self._action, Deliver):
             summary = self._action.envelope.summary()
@@ -2473,8 +2469,8 @@ class Connection:
     async def _flush(self) -> None:
         """Write the replies, and wait while the client does not read them.
 
-        Raises OSError if the client has disconnected. What it sent before is not processed: it
-        would not learn that a message was accepted, and would send it again.
+        Raises OSError if the client has disconnected. The rest of its input is not processed,
+        because it could not learn whether a message was accepted.
         """
         if self._unsent:
             self._writer.write(bytes(self._unsent))
@@ -2484,8 +2480,6 @@ class Connection:
         except asyncio.CancelledError:
             self._writer.transport.abort()  # the client would not read the last reply either
             raise
-        if self._writer.is_closing():
-            raise ConnectionResetError("The client has disconnected")
 
     async def _perform(self, action: Action) -> None:
         """Perform an action. Close needs nothing: the session has ended."""
@@ -2604,8 +2598,8 @@ MAX_CONNECTIONS = 1000
 # Seconds that clients have to read the last reply when the server stops.
 STOP_TIMEOUT = 0.5
 
-# Iterations of the event loop that asyncio needs to pass an accepted connection to the server,
-# with a reserve. If the listening socket was closed in between, the connection would stay open.
+# Iterations of the event loop in which asyncio passes accepted connections to the server; it needs
+# fewer. A connection that it has not passed on when the listening socket is closed stays open.
 ACCEPT_ITERATIONS = 10
 
 # Called with each message: a plain function, or one that returns an awaitable.
@@ -2618,8 +2612,8 @@ class Server:
     config sets the options; keyword options, named as the fields of Config, take precedence.
     handler(envelope) is called with each message: in a thread if it is a plain function, in
     the event loop if it is async. The reply is 250 when it returns, the reply of the exception
-    if it raises SMTPError, and 451 for any other exception. Messages are stored in
-    config.directory before that. Without a directory, they are stored in the current directory
+    if it raises SMTPError, and 451 for any other exception. A message is stored in
+    config.directory before that. Without a directory, it is stored in the current directory
     if there is no handler, and not at all if there is one.
     on_message(envelope) is called in the event loop with each accepted message, before the reply,
     and on_refusal(refusal) with each Refusal. Raises TypeError or ValueError for an invalid
@@ -2667,9 +2661,9 @@ class Server:
     async def start(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen on the addresses of the config, or on sockets that listen already.
 
-        Raises OSError if it cannot listen, ValueError for a host name or a certificate that
-        cannot be used, mailbox.Error for a directory that cannot, and RuntimeError if no thread
-        can be started, or if the server was started before.
+        Raises OSError if it cannot listen, ValueError for a host name or a certificate that cannot
+        be used, mailbox.Error for a directory that cannot be used, and RuntimeError if no thread
+        can be started or the server was started before.
         """
         if self._sockets:
             raise RuntimeError("a Server can be started only once; create another one")
@@ -2710,12 +2704,10 @@ class Server:
         is_uvloop = type(asyncio.get_running_loop()).__module__.startswith("uvloop")
         if self.config.tls == "implicit" and is_uvloop:
             context = self._tls_context
+        # asyncio accepts as many connections at a time as the backlog has.
+        backlog = max(1, self._max_connections // 2)
         listener = await asyncio.start_server(
-            # asyncio accepts as many connections at a time as the backlog has.
-            self._serve_client,
-            sock=sock,
-            ssl=context,
-            backlog=max(1, self._max_connections // 2),
+            self._serve_client, sock=sock, ssl=context, backlog=backlog
         )
         self._listening.callback(listener.close)
 
@@ -2730,8 +2722,8 @@ class Server:
     async def close(self, quit_timeout: float = 0.0) -> None:
         """Stop listening, send 421 to the clients, and wait for deliveries in progress.
 
-        Before that, the clients that were active in the last quit_timeout seconds have as much
-        time to send QUIT. An async handler must not wait for it.
+        Before that, the clients that were active in the last quit_timeout seconds have that long
+        to send QUIT. An async handler must not wait for it.
         """
         if self._is_closing:
             await self._closed.wait()
@@ -2826,8 +2818,8 @@ class Server:
         else:
             future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             arguments = (future, handler, envelope)
-            threading.Thread(target=set_outcome, args=arguments, daemon=True).start()
-            result = await outcome(future)
+            threading.Thread(target=call_in_thread, args=arguments, daemon=True).start()
+            result = await result_of(future)
         if inspect.isawaitable(result):
             await result
 
@@ -2887,7 +2879,7 @@ def listen(config: Config) -> list[socket.socket]:
 
 
 def _bind(addresses: Iterable[tuple[int, Any]], reuse_port: bool) -> list[socket.socket]:
-    """Return a listening socket for each address that this machine has."""
+    """Return a listening socket for each of the addresses that is available."""
     sockets: list[socket.socket] = []
     errors: list[OSError] = []
     for family, (host, port, *scope) in addresses:

@@ -1967,7 +1967,7 @@ def test_trace_header_contains_every_address(rcpt_tos: list[str]) -> None:
         (b"Subject: Hi\r\n\r\nText", b"Subject: Hi\n\nText"),
         (b"Hello!\r\n", b"\nHello!\n"),
         (b" folded\r\nText", b"\n folded\nText"),
-        (b"From me\r\nX: y\r\n\r\n", b"\nFrom me\nX: y\n\n"),
+        (b"From me\r\nX: y\r\n\r\n", b"From me\nX: y\n\n"),
         (b"\r\nText", b"\nText"),
         (b"A: b\r\n\r\n\xff \r \n \x00\r\n\r\r\nend", b"A: b\n\n\xff \r \n \x00\n\r\nend"),
     ],
