@@ -3726,7 +3726,7 @@ def test_exit_status(
     assert list(temp_dir.iterdir()) == []
 
 
-@pytest.mark.parametrize(("expected", "status"), [("5", 0), ("0", 1)])
+@pytest.mark.parametrize(("expected", "status"), [("10", 0), ("0", 1)])
 def test_expect_with_many_clients(expected: str, status: int, tmp_path: Path) -> None:
     """Each client whose message was accepted can send QUIT."""
     with process("--expect", expected, "-d", tmp_path / "mail", cwd=tmp_path) as server:
