@@ -1082,14 +1082,13 @@ def test_page_directory(tmp_path: Path) -> None:
 
 
 def test_concurrent_pages(tmp_path: Path) -> None:
-    def add_all() -> None:
-        directory = dsmtpd.PageDirectory(tmp_path)
+    def add_all(directory: dsmtpd.PageDirectory) -> None:
         for _ in range(50):
             directory.add(page_message())
 
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for _ in range(4):
-            pool.submit(add_all)
+    directories = [dsmtpd.PageDirectory(tmp_path) for _ in range(4)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(add_all, directories))
     assert list_entries(tmp_path).structure() == 200 * ENTRY
 
 
