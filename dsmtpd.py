@@ -174,21 +174,21 @@ class Config:
         _check_choices("ignore", self.ignore, WARNINGS)
         _check_choices("tls", [] if self.tls is None else [self.tls], TLS_MODES)
         Rules(self.fail)  # raises ValueError for an invalid one
-        self._check_numbers()
+        self._check_values()
         self._check_combinations()
 
-    def _check_numbers(self) -> None:
+    def _check_values(self) -> None:
+        if not self.interface.strip():
+            raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
         if not isinstance(self.port, int) or not 0 <= self.port <= 65_535:
             raise ValueError(f"port: must be from 0 (any free one) to 65535, not {self.port!r}")
         if not isinstance(self.max_size, int) or self.max_size < 0:
             text = "must be a number of bytes, such as 33554432, or 0 for no limit"
             raise ValueError(f"max-size: {text}, not {self.max_size!r}")
-
-    def _check_combinations(self) -> None:
-        if not self.interface.strip():
-            raise ValueError("interface: must be an address or a host name, such as 127.0.0.1")
         if self.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
             raise ValueError("reuse-port: this system cannot share a port")
+
+    def _check_combinations(self) -> None:
         if self.tls == "required" and "STARTTLS" in self.without:
             raise ValueError("without: tls=required needs STARTTLS")
         if self.auth and "AUTH" in self.without:
@@ -1494,6 +1494,8 @@ class _Part:
         self.charset = mime_parameter(content_type, "charset")
         boundary = mime_parameter(content_type, "boundary").rstrip().encode()
         self.boundary = boundary if self.type.startswith("multipart/") else b""
+        is_digest = self.type == "multipart/digest"
+        self.default_type = "message/rfc822" if is_digest else "text/plain"  # of its parts
         self.name = mime_parameter(disposition, "filename") or mime_parameter(content_type, "name")
         self.is_file = self.name != "" or _first_token(disposition) == "attachment"
         self.content_id = first_field(header, "Content-ID").strip("<> \t")
@@ -1530,8 +1532,7 @@ def split_parts(content: bytes) -> Iterator[_Part]:
     part: _Part | None = _Part(content, 0, "text/plain")
     for line in _DELIMITER.finditer(content):
         if part and part.boundary:
-            is_digest = part.type == "multipart/digest"
-            types.setdefault(part.boundary, "message/rfc822" if is_digest else "text/plain")
+            types.setdefault(part.boundary, part.default_type)
         text = line[1].rstrip()
         boundary = text if text in types else text.removesuffix(b"--")
         if boundary not in types:
@@ -2644,7 +2645,6 @@ class Server:
         self.maildir: Maildir | None = None
         self.cafile: str | None = None
         self.clients = 0
-        self._handler_is_async = inspect.iscoroutinefunction(handler)
         self._on_message = on_message
         self._on_refusal = on_refusal
         self._rules = Rules(self.config.fail)
@@ -2653,7 +2653,6 @@ class Server:
         self._sockets: list[socket.socket] = []
         self._listening = contextlib.ExitStack()  # closes the listening sockets
         self._cleanup = contextlib.ExitStack()  # removes the certificate, ends the thread
-        self._max_connections = _max_connections()
         self._connections: dict[asyncio.Task[None], Connection] = {}
         self._is_closing = False
         self._closed = asyncio.Event()
@@ -2705,7 +2704,7 @@ class Server:
         if self.config.tls == "implicit" and is_uvloop:
             context = self._tls_context
         # asyncio accepts as many connections at a time as the backlog has.
-        backlog = max(1, self._max_connections // 2)
+        backlog = max(1, _max_connections() // 2)
         listener = await asyncio.start_server(
             self._serve_client, sock=sock, ssl=context, backlog=backlog
         )
@@ -2768,7 +2767,7 @@ class Server:
         self.clients += 1
         peer = format_address(writer.get_extra_info("peername"))
         session = Session(self.config, peer, self._rules, self._on_refusal)
-        if len(self._connections) >= self._max_connections:
+        if len(self._connections) >= _max_connections():
             log.warning("%s: Too many connections", peer)
             if self.config.tls != "implicit":
                 writer.write(session.end(TOO_MANY_CONNECTIONS))
@@ -2813,7 +2812,7 @@ class Server:
         The thread is a daemon, so that a handler that never returns does not keep the program
         from ending.
         """
-        if self._handler_is_async:
+        if inspect.iscoroutinefunction(handler):
             result = handler(envelope)
         else:
             future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -3345,20 +3344,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.command = argv[end_of_options + 1 :]
     if "--" in argv and not args.command:
         parser.error("expected a command after --, such as: dsmtpd -p 0 -- pytest")
-    if args.output and not (args.print or args.json):
-        parser.error("output: requires --print or --json")
-    if args.expect is not None and args.expect < 0:
-        parser.error("expect: must be a number of messages, such as 1, or 0 for none")
-    if args.timeout is not None and not args.timeout > 0:
-        parser.error("timeout: must be a number of seconds above 0")
     options = vars(args)  # each field of Config is the name of an option
     try:
         args.config = Config(**{item.name: options[item.name] for item in fields(Config)})
+        _check_options(args)
     except ValueError as error:
         parser.error(str(error))
     if unknown:  # checked last: the error about a rule without quotes says more
         parser.error(f"unrecognized arguments: {' '.join(unknown)}; a command goes after --")
     return args
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError for a value that cannot be used; Config checks its own."""
+    if args.output and not (args.print or args.json):
+        raise ValueError("output: requires --print or --json")
+    if args.expect is not None and args.expect < 0:
+        raise ValueError("expect: must be a number of messages, such as 1, or 0 for none")
+    if args.timeout is not None and not args.timeout > 0:
+        raise ValueError("timeout: must be a number of seconds above 0")
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

@@ -2520,7 +2520,7 @@ def test_maximum_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
         try:
             expected = min(1000, limit // 2) if limit != resource.RLIM_INFINITY else 1000
-            assert Server()._max_connections == expected
+            assert dsmtpd._max_connections() == expected
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -2609,9 +2609,9 @@ def test_silent_tls_clients(command: bytes, pem: Path, monkeypatch: pytest.Monke
 
 
 @OPENSSL
-def test_too_many_connections_with_implicit_tls(pem: Path) -> None:
+def test_too_many_connections_with_implicit_tls(pem: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(server: Server, connect: Connect) -> None:
-        server._max_connections = 0
+        monkeypatch.setattr(dsmtpd, "MAX_CONNECTIONS", 0)
         assert (await connect()).greeting == ""  # it is closed without a reply
 
     serve(scenario, tls="implicit", cert=pem / "both.pem")
