@@ -4046,9 +4046,8 @@ def test_print_as_sent() -> None:
         "  für.pdf (application/pdf, 4 bytes)\n"
         "------------ END MESSAGE ------------\n"
     )
-    lines = (
-        "Content-Type: multipart/x; boundary=1||--1||\xa0|--1|Content-Type: text/html||<p>abc</p>"
-    )
+    lines = "Content-Type: multipart/x; boundary=1||--1||\xa0"
+    lines += "|--1|Content-Type: text/html||<p>abc</p>"
     assert "\nabc\n\nHTML: 10 characters\n" in dsmtpd._as_text(mime(*lines.split("|")))
 
 
@@ -4574,7 +4573,7 @@ def test_release_step(tmp_path: Path) -> None:
     release = read_file(".github/workflows/release.yml")
     script = re.search(r"- name: Commit, tag and push.*?run: \|\n(.*?)\n\n", release, re.S)
     assert script
-    step = ("bash", "-e", "-c", script[1])
+    step = ("sh", "-e", "-c", script[1])
     variables = {"VERSION": "1.3.0", "GITHUB_REF": "refs/heads/main"}
     project = Project(tmp_path / "project")
     project.git("clone", "--quiet", "--bare", ".", tmp_path / "origin")
