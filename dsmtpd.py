@@ -2054,8 +2054,11 @@ class PageDirectory:
         with contextlib.suppress(FileExistsError):
             os.makedirs(self.path)
         for name, text in {"index.html": _INDEX, "list.html": _LIST}.items():
-            with contextlib.suppress(FileExistsError), open(self.path / name, "xb") as file:
-                file.write(text.encode())
+            with contextlib.suppress(FileExistsError):
+                # Appended as well: another server may add its first entry at this moment.
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+                with open(os.open(self.path / name, flags, 0o666), "wb", buffering=0) as file:
+                    file.write(text.encode())
 
 
 def _list_entry(name: str, envelope: Envelope) -> str:
