@@ -2106,8 +2106,8 @@ _UNIQUE_FIELDS = (
 # ".*" skips the rest of the line, which would otherwise be searched as well.
 _FIELD_NAME = re.compile(rb"^([!-9;-~]+)[ \t]*:.*", re.MULTILINE)
 
-# RFC 5322 section 2.1.1, without the line end
-_MAX_LINE_LENGTH = 998
+# RFC 5322 section 2.1.1, with the line end
+_MAX_LINE_LENGTH = 998 + len("\r\n")
 
 
 def warning(name: str, detail: str = "") -> str:
@@ -2131,7 +2131,7 @@ def _lint_lines(content: bytes) -> list[str]:
         warnings.append(warning("bare-lf", "in the content"))
     if content.count(b"\r") > line_ends:
         warnings.append(warning("bare-cr"))
-    if max(map(len, content.splitlines()), default=0) > _MAX_LINE_LENGTH:
+    if max(map(len, io.BytesIO(content)), default=0) > _MAX_LINE_LENGTH:
         warnings.append(warning("long-line"))
     return warnings
 
@@ -2202,7 +2202,11 @@ def stored_content(envelope: Envelope, key: str) -> bytes:
     An empty line ends the header section, also where the content has none, because many mail
     readers require it.
     """
-    header, content = trace_header(envelope, key), envelope.content.replace(b"\r\n", b"\n")
+    header, content = trace_header(envelope, key), envelope.content
+    if re.search(rb"\r(?!\n)", content):
+        content = content.replace(b"\r\n", b"\n")
+    else:
+        content = content.translate(None, b"\r")  # faster, for large messages
     end, body = find_body(content, 0)
     if end < body:
         return header + content

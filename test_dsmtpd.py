@@ -1717,7 +1717,7 @@ LINT: list[tuple[str, str, str]] = [
     ("", CLEAN + "\r\nText\rmore\r\n", "bare-cr"),
     ("", CLEAN + "\r\n" + "x" * 998 + "\r\n" + "y" * 998 + "\r\n", ""),
     ("", CLEAN + "\r\n" + "x" * 999 + "\r\n", "long-line"),
-    ("", CLEAN + "\r\nx\r\n" + "x" * 999, "long-line"),
+    ("", CLEAN + "\r\nx\r\n" + "x" * 1001, "long-line"),
     ("", CLEAN + "\r\n" + "x\r\n" * 5000 + "x" * 1000 + "\r\nx\r\n", "long-line"),
     ("", CLEAN + "\r\né\r\n", ""),
     ("BODY=7BIT", CLEAN + "\r\né\r\n", ""),
