@@ -2377,7 +2377,6 @@ class Connection:
 
     deliver(envelope) returns the reply to the end of the content. tls_context is for the
     action StartTLS, and for a session that starts with TLS.
-
     """
 
     def __init__(
