@@ -1497,7 +1497,8 @@ class _Part:
         self.boundary = boundary if self.type.startswith("multipart/") else b""
         is_digest = self.type == "multipart/digest"
         self.default_type = "message/rfc822" if is_digest else "text/plain"  # of its parts
-        self.name = mime_parameter(disposition, "filename") or mime_parameter(content_type, "name")
+        name = mime_parameter(disposition, "filename") or mime_parameter(content_type, "name")
+        self.name = decode_words(name)  # RFC 2047 section 5 forbids them here
         self.is_file = self.name != "" or _first_token(disposition) == "attachment"
         self.content_id = first_field(header, "Content-ID").strip("<> \t")
         self.encoding = _first_token(first_field(header, "Content-Transfer-Encoding"))
@@ -1538,7 +1539,8 @@ def split_parts(content: bytes) -> Iterator[_Part]:
         boundary = text if text in types else text.removesuffix(b"--")
         if boundary not in types:
             continue
-        if part and part.boundary != boundary:  # what precedes the first delimiter is no part
+        # What precedes the first delimiter of a multipart is not a part, unless there is no other.
+        if part and (part.boundary != boundary or text != boundary):
             part.body = content[part.body_start : line.start()].rstrip(b"\r")
             yield part
         while next(reversed(types)) != boundary:  # multiparts that are not closed
@@ -1564,10 +1566,10 @@ def readable_text(envelope: Envelope) -> str:
 # --- Header fields --------------------------------------------------------------------
 
 # The name of a field (RFC 5322 section 4.5), or the first line of an mbox file. A line that begins
-# with "--" may be a delimiter.
+# with "--" is not a field: it may be a delimiter.
 _FIELD_START = rb"(?!--)[!-9;-~]+[ \t]*:|>?From "
-# The start of a line that is neither a field nor goes on with one, and that line if it is empty.
-# Programs that convert line ends twice send CR CR LF.
+# The end of a header: the start of the first line that is neither a field nor its continuation, and
+# that line if it is empty. Programs that convert line ends twice send CR CR LF.
 _HEADER_END = re.compile(rb"(?m)^(?!%b|(?<=\n)[ \t])(?:\r*\n)?" % _FIELD_START)
 
 
@@ -1609,7 +1611,7 @@ def decode_words(text: str) -> str:
 
 
 def _decode_adjacent(run: re.Match[str]) -> str:
-    """Decode adjacent encoded-words, of which two with the same charset may share a character."""
+    """Decode adjacent encoded-words; two of one charset may have parts of one character."""
     words = re.finditer(_ENCODED_WORD, run[0], re.IGNORECASE)
     return "".join(
         decode_text(b"".join(map(_decode_word, group)), charset)
@@ -1633,7 +1635,7 @@ def _decode_base64(octets: bytes) -> bytes:
 
 
 # The first token of a structured field, after white space, quotes and comments
-_TOKEN = re.compile(r"""(?:[\s"';]|\([^()]*\))*([^\s"';()]+)""")
+_TOKEN = re.compile(r"""(?:[\s"';]|\([^()]*\))*([^\s"',:;()]+)""")
 
 # parameter = attribute "=" value; value = token / quoted-string (RFC 2045 section 5.1). A value
 # without quotes goes on to the next semicolon, because many programs forget the quotes.
@@ -1651,8 +1653,7 @@ def _first_token(value: str) -> str:
 def mime_parameter(value: str, name: str) -> str:
     """Return a decoded parameter of a structured field; "" if there is none.
 
-    Its pieces name*0, name*1* and so on (RFC 2231 sections 3 and 4) go before a plain value. A
-    plain value may contain encoded-words, which RFC 2047 section 5 forbids.
+    Its pieces name*0, name*1* and so on (RFC 2231 sections 3 and 4) go before a plain value.
     """
     parameters: dict[str, str] = {}
     for attribute, quoted, unquoted in _PARAMETER.findall(value):
@@ -1664,15 +1665,15 @@ def mime_parameter(value: str, name: str) -> str:
     for number in count():
         piece = f"{name}*{number}"
         if f"{piece}*" in parameters:
-            octets += unquote_to_bytes(parameters[f"{piece}*"])
+            encoded = parameters[f"{piece}*"]
+            if number == 0 and encoded.count("'") >= 2:
+                charset, _language, encoded = encoded.split("'", 2)
+            octets += unquote_to_bytes(encoded)
         elif piece in parameters:
             octets += parameters[piece].encode()
         else:
             break
-    if f"{name}*0*" in parameters and octets.count(b"'") >= 2:
-        label, _language, octets = octets.split(b"'", 2)
-        charset = label.decode("latin-1")
-    return decode_words(decode_text(octets, charset) or parameters.get(name, ""))
+    return decode_text(octets, charset) or parameters.get(name, "")
 
 
 # --- Charsets -------------------------------------------------------------------------
@@ -1680,16 +1681,22 @@ def mime_parameter(value: str, name: str) -> str:
 # {codec: the labels for which it is used, as Python names their codecs, or as sent where Python
 # knows none}. Most stand for supersets of Windows (WHATWG Encoding Standard section 4.2).
 _LABELS = {
-    "big5hkscs": "big5",
+    "big5hkscs": "big5 cn-big5 x-big5",
     "cp1252": "ascii iso8859-1 iso88591",
     "cp1254": "iso8859-9",
-    "cp874": "iso8859-11 tis-620 windows-874",
+    "cp874": "iso8859-11 tis-620 windows-874 dos-874",
     "cp932": "shift_jis windows-31j",
-    "cp949": "euc_kr windows-949 ksc_5601",
-    "gb18030": "gb2312 gbk gb_2312-80",
-    "iso8859-8": "iso-8859-8-e iso-8859-8-i",
+    "cp949": "euc_kr cseuckr windows-949 ksc_5601 ks_c_5601-1989 csksc56011987 iso-ir-149",
+    "euc_jp": "cseucpkdfmtjapanese",
+    "gb18030": "gb2312 csgb2312 gb_2312 gb_2312-80 gbk",
+    "iso8859-6": "iso-8859-6-e iso-8859-6-i",
+    "iso8859-8": "iso-8859-8-e iso-8859-8-i logical visual",
+    "koi8-r": "koi koi8",
+    "koi8-u": "koi8-ru",
+    "mac-roman": "mac csmacintosh",
+    "utf-16": "unicode ucs-2",
     "utf-8-sig": "utf-8",
-    "": "punycode",  # no charset
+    "": "punycode unicode-escape raw-unicode-escape",  # no charsets
 }
 _CODECS = {label: codec for codec, labels in _LABELS.items() for label in labels.split()}
 
@@ -1697,7 +1704,7 @@ _CODECS = {label: codec for codec, labels in _LABELS.items() for label in labels
 @lru_cache
 def find_codec(label: str) -> str:
     """Return the codec for the label of a charset, or for UTF-8 if there is no such charset."""
-    label = _first_token(label).removeprefix("x-")
+    label = re.sub("^iso8859(?=[0-9])", "iso8859-", _first_token(label).removeprefix("x-"))
     with contextlib.suppress(LookupError, ValueError):
         name = codecs.lookup(_CODECS.get(label, label)).name
         codec = _CODECS.get(name, name)
@@ -1749,9 +1756,9 @@ def _character_to_shift_jis(character: re.Match[bytes]) -> bytes:
 # A URL, in which brackets are balanced
 _URL_CHAR = r"[^\x00-\x20<>\"`()\[\]{}\x7f]"
 _URL = re.compile(r"https?://(?:C+|\(C*\)|\[C*\]|\{+C*\}+)+".replace("C", _URL_CHAR), re.IGNORECASE)
-# Categories of Unicode that end a URL in any script, because often no space follows it: spaces, and
-# all punctuation but dashes and connectors
-_ENDING_CATEGORIES = ("Cc", "Pe", "Pf", "Pi", "Po", "Ps", "Zl", "Zp", "Zs")
+# Categories of Unicode that end a URL in any script, because often no space follows it: spaces,
+# invisible characters, and all punctuation but dashes and connectors
+_ENDING_CATEGORIES = ("Cc", "Cf", "Pe", "Pf", "Pi", "Po", "Ps", "Zl", "Zp", "Zs")
 
 
 def find_urls(text: str) -> list[str]:
@@ -1770,7 +1777,7 @@ def _separate(char: re.Match[str]) -> str:
 _MARKUP = re.compile(
     r"<!--(?:-?>|.*?(?:--!?>|\Z))"
     r"|<[!?][^>]*>?"
-    r"|<(script|style|title)\b.*?(?:</\1[^>]*>|\Z)"
+    r"|<(script|style|title)(?=[\s/>]).*?(?:</\1[^<>]*>|\Z)"
     r"""|<(/?[a-z][^\s/>]*)((?:[^=>]+|=+\s*(?:"[^"]*"|'[^']*')?){,9999})>?"""
     r"|(<?[^<]+|<+(?=<|\Z))",
     re.IGNORECASE | re.DOTALL,
@@ -1778,16 +1785,16 @@ _MARKUP = re.compile(
 _ATTRIBUTE = re.compile(r"""([^\s/=]+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|(\S+)))?""")
 # Elements that begin and end a line
 _BLOCKS = set(
-    """address article aside blockquote body br caption center dd details div dl dt fieldset
-    figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr legend li main nav ol option p pre
-    section summary table tbody tfoot thead tr ul""".split()
+    """address article aside blockquote body br button caption center dd details dialog div dl dt
+    fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header hgroup hr legend li main menu
+    nav ol option p pre section summary table tbody tfoot thead tr ul""".split()
 )
 
 
 def parse_html(document: str) -> tuple[str, list[str]]:
     """Return the text of an HTML document, roughly as a browser shows it, and the links in it."""
     links: list[str] = []
-    fragments = ["\n"]  # none is empty
+    fragments = ["\n"]  # each has a last character
     is_preformatted = False
     for markup in _MARKUP.finditer(document):
         _hidden, name, attributes, source = markup.groups("")
@@ -1841,7 +1848,7 @@ def _decode_reference(reference: re.Match[str]) -> str:
 
 # --- Pages ----------------------------------------------------------------------------
 
-# Bytes of content that a page shows, and of the images that are put into its HTML.
+# Bytes of content that a page shows, and of all images together that are put into its HTML.
 MAX_PAGE_CONTENT = 33_554_432
 
 # The frame of a message inherits the policy: templates need styles, and images and fonts from
@@ -1974,9 +1981,11 @@ def render_page(envelope: Envelope) -> str:
 
 def _views(envelope: Envelope) -> dict[str, str]:
     """Return {name: markup} of the views of a message, beginning with the one to show."""
-    text = envelope.text if envelope.text.strip() else parse_html(envelope.html)[0]
     source = html.escape(envelope.content.decode("utf-8", "replace"))
-    views = {"Text": f"<pre>{_with_links(text)}</pre>", "Source": f"<pre>{source}</pre>"}
+    views = {
+        "Text": f"<pre>{_with_links(readable_text(envelope))}</pre>",
+        "Source": f"<pre>{source}</pre>",
+    }
     if envelope.html:
         document = html.escape(_frame_document(envelope.html, envelope.attachments))
         views = {"HTML": _FRAME.substitute(document=document), **views}
@@ -1988,7 +1997,8 @@ def _frame_document(document: str, attachments: Iterable[Attachment]) -> str:
 
     Links open a new tab, because the sandbox allows no other target.
     """
-    urls = {item.content_id: _data_url(item.type, item.content) for item in attachments}
+    images = (item for item in attachments if item.content_id)
+    urls = {item.content_id: _data_url(item.type, item.content) for item in images}
     size = 0
 
     def embed(match: re.Match[str]) -> str:
@@ -2074,10 +2084,6 @@ def _list_entry(name: str, envelope: Envelope) -> str:
 
 # --- Lint -----------------------------------------------------------------------------
 
-# Octets of the content in which the lint searches for the header fields.
-FIELDS_SEARCH_SIZE = 1_048_576
-
-
 # {name of a warning: its text}
 WARNINGS = {
     "bare-lf": "LF without CR {} (RFC 5321 section 2.3.8)",
@@ -2121,7 +2127,7 @@ def lint(content: bytes, mail_options: Mapping[str, str]) -> list[str]:
     header = header_section(content)
     if "SMTPUTF8" not in mail_options and not header.isascii():
         warnings.append(warning("utf8-header"))
-    return warnings + _lint_fields(header[:FIELDS_SEARCH_SIZE])
+    return warnings + _lint_fields(header)
 
 
 def _lint_lines(content: bytes) -> list[str]:
@@ -3327,7 +3333,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _size(text: str) -> int:
-    if not text.isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError(
             f"must be a number of bytes, such as {Config.max_size}, not {text}"
         )
@@ -3369,6 +3375,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Raise ValueError for a value that cannot be used; Config checks its own."""
+    for name in ("directory", "html", "output", "handler"):
+        if vars(args)[name] == "":  # such as of a variable that is not set
+            raise ValueError(f"{name}: must not be empty")
     if args.output and not (args.print or args.json):
         raise ValueError("output: requires --print or --json")
     if args.expect is not None and args.expect < 0:
@@ -3447,7 +3456,7 @@ class _Program:
 
     @property
     def _interrupted_status(self) -> int:
-        """The exit status after a signal: a command that has not run has not succeeded."""
+        """The exit status after a signal if the command has not run."""
         return 128 + self._signal if self._args.command else 0
 
     def _make_server(self) -> Server:
@@ -3540,7 +3549,7 @@ class _Program:
             await asyncio.to_thread(command.wait, KILL_TIMEOUT)
         except subprocess.TimeoutExpired:
             log.warning("Timeout: sending SIGKILL to %s", name)
-            command.kill()
+            _send_signal(command, signal.SIGKILL)
         return await asyncio.to_thread(command.wait) or -signal.SIGTERM  # servers end with 0
 
     async def _close(self, server: Server) -> None:
@@ -3614,7 +3623,7 @@ def _handle_signals(handler: Callable[[int, object], object] | signal.Handlers) 
 
 
 def _tick(loop: asyncio.AbstractEventLoop) -> None:
-    """Wake the event loop regularly: a signal just before it waits is handled at its next event."""
+    """Wake the event loop regularly: it handles a signal that came just before it waited."""
     loop.call_later(0.5, _tick, loop)
 
 
@@ -3634,9 +3643,11 @@ def _listen(config: Config) -> list[socket.socket]:
     """Return listening sockets, or end the program."""
     try:
         return listen(config)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         address = format_address((config.interface, config.port))
-        reason = _LISTEN_ERRORS.get(error.errno or 0, error.strerror)
+        reason: str | None = "not a valid host name"
+        if isinstance(error, OSError):
+            reason = _LISTEN_ERRORS.get(error.errno or 0, error.strerror)
         log.error("Cannot listen on %s: %s", address, reason)
         sys.exit(3)
 
@@ -3680,7 +3691,7 @@ class _Output:
         self._queue: queue.SimpleQueue[tuple[Any, int] | None] = queue.SimpleQueue()
         self._added = 0  # octets, counted by the event loop
         self._finished = 0  # octets, counted by the thread
-        self._is_complete = True
+        self._has_warned = False
         # A daemon does not keep the program from ending.
         self._thread = threading.Thread(target=self._run, name="dsmtpd output", daemon=True)
         self._thread.start()
@@ -3717,9 +3728,9 @@ class _Output:
 
     def _warn(self, reason: str) -> None:
         """Log the first reason why something is lost."""
-        if self._is_complete:
+        if not self._has_warned:
             log.warning("Cannot write to %s: %s", self._name, reason)
-        self._is_complete = False
+        self._has_warned = True
 
 
 def _write_text(file: io.FileIO, encoding: str, get_text: Callable[[], str]) -> None:

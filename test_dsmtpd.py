@@ -660,6 +660,15 @@ STRUCTURES: list[tuple[str, str, str, list[tuple[str, str, bytes]]]] = [
     ("Content-Transfer-Encoding: no-such-encoding|Content-Type: no type at all||ü", "ü", "", []),
     ("Content-Type : text/html|X-Y\t: z||<p>", "", "<p>", []),
     ("Content-Type: application/json||{}", "", "", [("", "application/json", b"{}")]),
+    ("Content-Type: text/html, charset=utf-8||<p>", "", "<p>", []),
+    (
+        'Content-Type: multipart/x; boundary="=?utf-8?q?a?="||x|--=?utf-8?q?a?=||b',
+        "b",
+        "",
+        [],
+    ),
+    # The only delimiter is the last one
+    ("Content-Type: multipart/x; boundary=a||b|--a--|", "", "", [("", "multipart/x", b"b")]),
     (
         "Content-Type: multipart/alternative; boundary=a b=1'|||--a b=1'||1|--a b=1'"
         "|Content-Type: text/html||2|--a b=1'|Content-Type: text/x-amp-html||3"
@@ -724,6 +733,7 @@ FILE_NAMES = [
     ("filename*=UTF-8'de'%C3%A4%20b.pdf; filename=x.pdf", "ä b.pdf"),
     ("filename=x.pdf; filename*=latin1''%80.pdf", "€.pdf"),
     ("filename*=%C3%A4.pdf", "ä.pdf"),
+    ("filename*=a%27b%27.pdf", "a'b'.pdf"),
     ("filename*1*=%A4b.pdf; filename*0*=utf-8''a%C3; filename*3=d", "aäb.pdf"),
     ('filename*0="a;b"; filename*1=c.pdf', "a;bc.pdf"),
     ("filename*0*=utf-8''" + "%E8%AA%9E;\r\n filename*1*=" * 1 + "%E8%AA%9E" * 300, "語" * 301),
@@ -753,7 +763,13 @@ CHARSETS = [
     ("iso-8859-11 tis-620 windows-874", b"\x85\xa1\xff", "…ก\ufffd"),
     ("iso-8859-8-i iso-8859-8-e", b"\xf9", "ש"),
     ("windows-1253", b"\xaaa", "\ufffda"),
-    ("gb2312 gbk x-gbk gb_2312-80 gb18030", b"\xa2\xa1 \x87a \xffa\x81", "\u2170 嘺 \ufffda\ufffd"),
+    ("iso-8859-2 iso88592 latin2", b"\xb1", "ą"),
+    ("unicode_escape unknown", b"\\d", "\\d"),
+    (
+        "gb2312 gbk x-gbk gb_2312-80 csgb2312",
+        b"\xa2\xa1 \x87a \xffa\x81",
+        "\u2170 嘺 \ufffda\ufffd",
+    ),
     ("big5 big5-hkscs", b"\xa4\xa4\xf9\xd6\xffa", "中碁\ufffda"),
     ("shift_jis ms_kanji x-sjis windows-31j", b"\x87@\x81`\xfa\xb1\xffa", "①\uff5e﨑\ufffda"),
     ("euc-kr ks_c_5601-1987 korean windows-949", b"\x8cc\xffa", "똠\ufffda"),
@@ -805,6 +821,7 @@ HTML_TEXTS = [
     ("<p>a<p>b<br>c</p>", "a\nb\nc"),
     ("a &lt;b&gt; &amp;&nbsp;c&#x1; 1 < 2", "a <b> &\xa0c 1 < 2"),
     ("<!-- <a href='x://y'> --><!--><b>x</b", "x"),
+    ("<title-bar>a</title-bar> <button>b</button>", "a\nb"),
     ("<title>t</title><script>var a = '<p>';</script >x<![if mso]><?y?>", "x"),
     ("<img alt='a>b'>x<ul><li>1<li>2</ul>", "x\n\n1\n2"),
     ("<tr>\n<td>a</td><td>b<th>c</tr><tr><td>d", "a  b  c\n\nd"),
@@ -2994,6 +3011,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         (["--timeout", "0"], "timeout: must be a number of seconds above 0"),
         (["--json", "--print"], "argument --print: not allowed with argument --json"),
         (["-o", "x"], "output: requires --print or --json"),
+        (["--html", ""], "html: must not be empty"),
         (["--direct", "x"], "unrecognized arguments: --direct x"),
         (["pytest"], "unrecognized arguments: pytest; a command goes after --"),
         (["--"], "expected a command after --"),
@@ -3058,6 +3076,7 @@ def test_cannot_listen(
         for arguments, text in (
             (["-p", port], f"127.0.0.1:{port}: the port is in use; use another one"),
             (["-i", "192.0.2.1"], "192.0.2.1:0: this machine does not have that address"),
+            (["-i", "a..b"], "a..b:0: not a valid host name"),
         ):
             caplog.clear()
             assert main(*arguments, "-d", tmp_path / "mail") == 3
@@ -3403,6 +3422,7 @@ LARGE = [
     (b"\r\n", b"https://a(\xe3\x80\x82"),
     (b"Content-Type: text/html\r\n\r\n<a href='", b"&a&#1"),
     (b"Content-Type: text/html\r\n\r\n<a ", b"= "),
+    (b"Content-Type: text/html\r\n\r\n<script>", b"</script\r\n"),
     *(
         (b"Content-Type: text/html\r\n\r\n", markup)
         for markup in b"<|<a |<a b='|<a b=\"c|<a '|<a href=b>|<!--|<td>|&a|&#1".split(b"|")
