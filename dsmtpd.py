@@ -2101,11 +2101,7 @@ WARNINGS = {
 }
 
 # RFC 5322 section 3.6
-_REQUIRED_FIELDS = {
-    b"date": "missing-date",
-    b"from": "missing-from",
-    b"message-id": "missing-message-id",
-}
+_REQUIRED_FIELDS = "date from message-id".split()
 _UNIQUE_FIELDS = (
     "Date From Sender Reply-To To Cc Bcc Message-ID In-Reply-To References Subject".split()
 )
@@ -2146,7 +2142,8 @@ def _lint_fields(header: bytes) -> list[str]:
     """Return the warnings about the names of the header fields."""
     names = _FIELD_NAME.findall(header.lower())
     distinct = set(names)
-    warnings = [warning(name) for key, name in _REQUIRED_FIELDS.items() if key not in distinct]
+    missing = [name for name in _REQUIRED_FIELDS if name.encode() not in distinct]
+    warnings = [warning(f"missing-{name}") for name in missing]
     if len(names) > len(distinct):
         warnings += [
             warning("duplicate-field", name)

@@ -3045,7 +3045,6 @@ NOT_ROOT = pytest.mark.skipif(
         (["-d", "mail", "--html", "file"], "file"),
         pytest.param(["-d", "unreadable"], "unreadable/cur", marks=NOT_ROOT),
         (["--", "true"], "No such file or directory: "),
-        (["-d", "mail", "-i", "a..b"], "label empty"),
     ],
 )
 def test_start_errors(
