@@ -3546,7 +3546,8 @@ class _Program:
             await asyncio.to_thread(command.wait, KILL_TIMEOUT)
         except subprocess.TimeoutExpired:
             log.warning("Timeout: sending SIGKILL to %s", name)
-            _send_signal(command, signal.SIGKILL)
+            with contextlib.suppress(PermissionError):  # it runs as another user
+                command.kill()
         return await asyncio.to_thread(command.wait) or -signal.SIGTERM  # servers end with 0
 
     async def _close(self, server: Server) -> None:
