@@ -44,7 +44,7 @@ import binascii
 import codecs
 import concurrent.futures
 import contextlib
-import email
+import email.header
 import errno
 import html
 import inspect
@@ -397,7 +397,7 @@ class Transaction:
     """The content so far; None before the first BDAT."""
 
 
-@dataclass
+@dataclass(eq=False)  # an exception is hashable
 class ScriptedError(Exception):
     """Raised where a failure rule refuses a command or a message."""
 
